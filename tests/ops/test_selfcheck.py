@@ -1,0 +1,81 @@
+"""The self-check on first use, with the reference and broken versions of it in the place of kernels."""
+
+import warnings
+
+import pytest
+import torch
+
+from ops import selfcheck
+from ops.reference import Taps, dcnv3_reference, dcnv3_reference_backward
+
+CPU = torch.device("cpu")
+DTYPES = tuple(selfcheck.TOLERANCES)
+
+
+def forward(x, offset, mask, *options):
+    *taps, softmax = options
+    return dcnv3_reference(x, offset, mask, **Taps(*taps)._asdict(), softmax=softmax)
+
+
+def backward(grad, x, offset, mask, *options):
+    *taps, softmax = options
+    return dcnv3_reference_backward(grad, x, offset, mask, Taps(*taps), softmax)
+
+
+def swapped_axes(x, offset, mask, *options):
+    return forward(x, offset.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), mask, *options)
+
+
+def unwritten_pixel(*arguments):
+    out = forward(*arguments)
+    out[-1, -1, -1] = torch.nan
+    return out
+
+
+def ignores_softmax(x, offset, mask, *options):
+    return forward(x, offset, mask, *options[:-1], False)
+
+
+def wrong_sign(*arguments):
+    grad_x, grad_offset, grad_mask = backward(*arguments)
+    return grad_x, -grad_offset, grad_mask
+
+
+def no_kernel_image(*arguments):
+    raise RuntimeError("no kernel image is available for execution on the device")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_correct_kernels_pass_in_silence(dtype):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert selfcheck.passes(forward, backward, CPU, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wrong", [swapped_axes, unwritten_pixel, ignores_softmax])
+def test_a_wrong_output_is_noticed(wrong, dtype):
+    with pytest.warns(RuntimeWarning, match=r"self-check on cpu in torch\.\w+: .* the output is off by .*Rebuild it"):
+        assert not selfcheck.passes(wrong, backward, CPU, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_wrong_gradient_is_noticed(dtype):
+    with pytest.warns(RuntimeWarning, match="the gradient of offset is off by") as caught:
+        assert not selfcheck.passes(forward, wrong_sign, CPU, dtype)
+    assert len(caught) == 1
+
+
+def test_a_kernel_that_fails_is_named_with_its_error():
+    with pytest.warns(RuntimeWarning, match="it raised no kernel image"):
+        assert not selfcheck.passes(no_kernel_image, backward, CPU, torch.float32)
+
+
+def test_a_demanded_kernel_is_an_error():
+    with pytest.raises(RuntimeError, match="INTERNIMAGE_OPS=reference"):
+        selfcheck.passes(swapped_axes, backward, CPU, torch.float32, demanded=True)
+
+
+def test_the_default_device_does_not_matter():
+    with torch.device("meta"):
+        assert selfcheck.passes(forward, backward, CPU, torch.float32)
