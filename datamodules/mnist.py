@@ -46,7 +46,8 @@ class MNIST5k(ClassificationData):
         labels = table[:, -1]
         shuffled = np.random.default_rng(0).permutation(len(labels))
         by_class = shuffled[np.argsort(labels[shuffled], kind="stable")].reshape(10, 500)
-        chosen = np.sort((by_class[:, :100] if split == "val" else by_class[:, 100:]).ravel())
+        # One digit of each class in turn, so that the first images of a split show all of them.
+        chosen = (by_class[:, :100] if split == "val" else by_class[:, 100:]).T.ravel()
         return ArraySource(table[chosen, :-1].reshape(-1, 28, 28), labels[chosen], f"mnist-5k/{split}")
 
     def find_class_names(self) -> list[str]:
