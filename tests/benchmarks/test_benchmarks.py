@@ -1,0 +1,95 @@
+"""The benchmarks compare like with like, and the page made from them is current."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import performance, rivals, roofline
+from benchmarks.dcnv3 import CASES, Rival, implementations, inputs
+from ops.reference import dcnv3_reference
+
+RESULTS = sorted((Path(performance.__file__).parent / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softmax": True},
+        {"stride": 2},
+        {"dilation": 2, "padding": 2, "offset_scale": 1.5},
+        {"remove_center": True},
+        {"kernel_size": 5, "padding": 2},
+    ],
+    ids=str,
+)
+def test_grid_sample_form_computes_dcnv3(options):
+    random = torch.Generator().manual_seed(0)
+    points = options.get("kernel_size", 3) ** 2 - options.get("remove_center", False)
+    stride = options.get("stride", 1)
+    size = (2, -(-7 // stride), -(-9 // stride))
+    x = torch.randn(2, 7, 9, 32, generator=random)
+    offset = torch.randn(*size, 2 * points * 2, generator=random)
+    mask = torch.randn(*size, 2 * points, generator=random)
+    found = rivals.dcnv3_grid_sample(x, offset, mask, groups=2, **options)
+    truth = dcnv3_reference(x.double(), offset.double(), mask.double(), groups=2, **options)
+    # Normalised float32 coordinates are off by 1e-6 pixels or so; values reach 20.
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=5e-5)
+
+
+def test_all_rivals_agree_and_differentiate(monkeypatch):
+    monkeypatch.setenv("INTERNIMAGE_OPS", "reference")
+    case = CASES[0].__class__("tiny", 2, 5, 6, 32, 2)
+    tensors = inputs(case, torch.float32, "cpu")
+    found = implementations(case, torch.float32, "cpu")
+    assert set(found) == {"kernel", "reference", "grid_sample", "torchvision"}
+    outputs = {}
+    for name, rival in found.items():
+        assert isinstance(rival, Rival)
+        forward, forward_backward = rival.runs(case, tensors)
+        outputs[name] = rival.to_channels_last(forward())
+        gradients = forward_backward()
+        assert sum(gradient.numel() for gradient in gradients) == sum(tensor.numel() for tensor in tensors[:3])
+    for output in outputs.values():
+        # As above.
+        torch.testing.assert_close(output, outputs["reference"], rtol=0, atol=5e-5)
+
+
+def test_work_counts_what_the_operator_does():
+    # One pixel, one group, one channel: 9 points of 4 corners; x, out, 18 offsets and 9 weights.
+    forward = roofline.Work.of((1, 1, 1, 1), 1, backward=False, bytes_per_value=4)
+    assert (forward.flop, forward.cache_bytes, forward.memory_bytes) == (72, 144, 116)
+    ceilings = roofline.Ceilings(multiply_add=1.0, l1=1.0, l2=1.0, l3=1.0, copy=1.0)
+    assert forward.floor(ceilings) == (144e-6, "load")
+
+
+def test_page_of_results_is_current():
+    if not RESULTS:
+        pytest.skip("no results yet")
+    assert performance.DOCUMENT.read_text() == performance.document(performance.load(RESULTS)), (
+        "docs/performance.md is stale: python -m benchmarks.performance benchmarks/results/*.json"
+    )
+
+
+def test_page_shows_the_worst_case_of_a_goal():
+    machine = {
+        **{"device": "cpu", "name": "CPU", "cores": 2, "cpu_capability": "AVX2", "torch": "2", "omp_proc_bind": None},
+        "quick": False,
+    }
+    case = {"benchmark": "dcnv3", "groups": 4, "dtype": "float32", "threads": 2, "direction": "forward"}
+    records = [
+        {
+            **machine,
+            **case,
+            "shape": name,
+            "size": [4, 1, 1, 64],
+            "ms": {"kernel": 1.0},
+            "ratio": {"grid_sample": ratio},
+        }
+        for name, ratio in (("T1", 15.0), ("T2", 11.0), ("detection", 31.0))
+    ]
+    text = performance.document(records)
+    assert "| operator forward, T stages | 12x | 11.00x | no |" in text
+    assert "| operator forward, detection | 30x | 31.00x | yes |" in text
+    assert "threads not pinned" in text
