@@ -161,6 +161,11 @@ def main(args: ArgsType = None) -> CLI:
     )
 
 
+def command() -> None:
+    """Run the command line as an installed script, whose exit status is what this returns."""
+    main()
+
+
 def _loggers(folder: Path) -> list[Logger]:
     """CSV and TensorBoard, both into the run folder itself."""
     root, name, version = folder.parent.parent, folder.parent.name, int(folder.name.rpartition("_")[2])
@@ -192,4 +197,4 @@ def _quieten() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -1,6 +1,7 @@
 import json
 import logging
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,11 @@ def test_contact_sheet_draws_bars_as_wide_as_the_probabilities():
     # The row right below the top of each bar, above its text, right of the image: where it is not white.
     widths = [int((pixels[12 + 28 * rank, 160:] != 255).any(-1).sum()) for rank in range(2)]
     assert widths[0] / widths[1] == pytest.approx(3, rel=0.05)
+
+
+def test_the_installed_script_exits_with_success(monkeypatch):
+    (script,) = entry_points(group="console_scripts", name="internimage")
+    words = ["fit", "-c", EXPERIMENT, "--trainer.enable_progress_bar=false", "--trainer.max_steps=1"]
+    monkeypatch.setattr(sys, "argv", ["internimage", *words])
+    # A script ends in `sys.exit(function())`: anything but None would be printed and count as a failure.
+    assert script.load()() is None
