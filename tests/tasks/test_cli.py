@@ -172,7 +172,7 @@ def test_contact_sheet_draws_bars_as_wide_as_the_probabilities():
 
 def test_the_installed_script_exits_with_success(monkeypatch):
     (script,) = entry_points(group="console_scripts", name="internimage")
-    words = ["fit", "-c", EXPERIMENT, "--trainer.enable_progress_bar=false", "--trainer.max_steps=1"]
+    words = ["fit", "-c", EXPERIMENT, "--trainer.enable_progress_bar=false", "--trainer.max_steps=4"]
     monkeypatch.setattr(sys, "argv", ["internimage", *words])
     # A script ends in `sys.exit(function())`: anything but None would be printed and count as a failure.
     assert script.load()() is None
