@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 .PHONY: quickstart test test-all check format setup clean
 
 quickstart: setup
-	@echo "== quickstart: train, validate and predict on 5,000 handwritten digits (about 5 minutes on 2 cores) =="
+	@echo "== quickstart: train, validate and predict on 5,000 handwritten digits (about 1 minute on 2 cores) =="
 	$(BIN)/python tools/quickstart.py
 
 test: setup
@@ -20,7 +20,7 @@ test: setup
 	$(PYTEST) -m "not gpu and not slow"
 
 test-all: setup
-	@echo "== test-all: slow tests as well (about 30 minutes on 2 cores) =="
+	@echo "== test-all: slow tests as well (about 4 minutes on 2 cores) =="
 	$(PYTEST) -m "not gpu"
 
 check: setup
