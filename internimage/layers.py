@@ -37,6 +37,28 @@ class Conv2d(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+class Linear(nn.Linear):
+    """`nn.Linear` on `(B, H, W, C)`; in float32 on a CPU a 1x1 convolution of the same numbers.
+
+    oneDNN's convolution uses AVX-512 wherever it exists. MKL's matrix product, which `nn.Linear` runs, does not on CPUs
+    of AMD and takes twice as long there. torch chooses oneDNN for such a convolution when it has more than one thread.
+    Compiled and exported graphs get the plain linear.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (
+            x.device.type == "cpu"
+            and x.dtype == torch.float32
+            and torch.get_num_threads() > 1
+            and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+        ):
+            kernel = self.weight[:, :, None, None]
+            return F.conv2d(x.permute(0, 3, 1, 2), kernel, self.bias).permute(0, 2, 3, 1)
+        return super().forward(x)
+
+
 class BatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` on `(B, H, W, C)`."""
 
@@ -120,11 +142,11 @@ class DCNv3(nn.Module):
         )
         self.dw_norm = conv_norm(config.norm, channels)
         self.act = activation_layer(config.activation)
-        self.offset = nn.Linear(channels, points * 2)
-        self.mask = nn.Linear(channels, points)
-        self.input_proj = nn.Linear(channels, channels)
-        self.output_proj = nn.Linear(channels, channels)
-        self.center_feature_scale = nn.Linear(channels, groups) if config.center_feature_scale else None
+        self.offset = Linear(channels, points * 2)
+        self.mask = Linear(channels, points)
+        self.input_proj = Linear(channels, channels)
+        self.output_proj = Linear(channels, channels)
+        self.center_feature_scale = Linear(channels, groups) if config.center_feature_scale else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -163,9 +185,7 @@ class Mlp(nn.Sequential):
 
     def __init__(self, channels: int, hidden: int, activation: Activation) -> None:
         super().__init__(
-            OrderedDict(
-                fc1=nn.Linear(channels, hidden), act=activation_layer(activation), fc2=nn.Linear(hidden, channels)
-            )
+            OrderedDict(fc1=Linear(channels, hidden), act=activation_layer(activation), fc2=Linear(hidden, channels))
         )
 
 
