@@ -3,10 +3,10 @@
 A TypedDict is a dict at run time, so collation, pinning, device transfer and DeepSpeed's dtype cast all accept it,
 and a datamodule from another project only has to use the same keys.
 
-Shapes: B batch, H W image size.
+Shapes: B batch, H W image size, N objects of an image.
 """
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -27,3 +27,11 @@ class PredictBatch(TypedDict):
 
     image: Tensor  # (B, 3, H, W) float32, normalised
     path: list[str]  # length B: where each image came from
+
+
+class DetectionTarget(TypedDict):
+    """Ground truth of one image, for the detectors of `tasks.detection`."""
+
+    boxes: Tensor  # (N, 4) float32 xyxy, pixels of the padded image
+    labels: Tensor  # (N,) int64 in [0, num_classes)
+    masks: NotRequired[Tensor]  # (N, H, W) uint8, 1 inside the object, at the padded image's size
