@@ -12,7 +12,7 @@ from tasks.detection.postprocess import to_original
 
 # Float32 rounding of two correct models differs by about 1e-5 of an entry's standard deviation.
 TOLERANCE = 1e-4
-# Pixels. The authors' float32 boxes are up to 0.8e-3 from a float64 run of the same weights, and so are ours.
+# Pixels. The authors' float32 proposals are up to 0.8e-3 from a float64 run of T; ours add a rounding of their own.
 BOX_TOLERANCE = 2e-3
 # Relative to a parameter's gradient. Rectifiers and sampling cells that rounding flips change single pixels' gradients:
 # one thread against two gives heads that differ by 3e-3 and backbones by 6e-3.
