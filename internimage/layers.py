@@ -46,13 +46,14 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        # First, since the compiler cannot trace the questions after it.
         if (
-            x.device.type == "cpu"
+            not torch.compiler.is_compiling()
+            and x.device.type == "cpu"
             and x.dtype == torch.float32
             and torch.get_num_threads() > 1
             and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
             and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
         ):
             kernel = self.weight[:, :, None, None]
             return F.conv2d(x.permute(0, 3, 1, 2), kernel, self.bias).permute(0, 2, 3, 1)

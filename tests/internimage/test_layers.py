@@ -49,3 +49,9 @@ def test_linear_takes_the_convolution_on_several_threads_and_keeps_graphs_plain(
     graph = torch.export.export(layer, (x,))
     assert called == [1]
     assert "linear" in str(graph.graph)
+
+
+def test_linear_is_traced_into_one_graph(threads):
+    layer, x = Linear(4, 4), torch.randn(1, 2, 2, 4)
+    traced = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(traced(x), layer(x))
