@@ -14,9 +14,17 @@ from tasks.detection.postprocess import to_original
 TOLERANCE = 1e-4
 # Pixels. The authors' float32 proposals are up to 0.8e-3 from a float64 run of T; ours add a rounding of their own.
 BOX_TOLERANCE = 2e-3
+# The heads alone, on the authors' proposals: float32 rounding of a coordinate of 100 px, a few times.
+HEAD_BOX_TOLERANCE = 2e-4
 # Relative to a parameter's gradient. Rectifiers and sampling cells that rounding flips change single pixels' gradients:
-# one thread against two gives heads that differ by 3e-3 and backbones by 6e-3.
-NORM_TOLERANCE, MEDIAN_PROJECTION, WORST_PROJECTION = 5e-3, 2e-3, 1e-1
+# images that differ by 1e-7 of their values already give projections that differ by 1.1e-2, at the median by 8e-4.
+NORM_TOLERANCE, MEDIAN_PROJECTION, WORST_PROJECTION = 5e-3, 2e-3, 3e-2
+# In the last block of T one sampling location is 1e-6 px below a whole number with our rounding and not with theirs,
+# and the derivative jumps there: its place in the flattened offsets, and the step to the other side.
+FLIPPED_OFFSET, FLIPPED_BY = 4415, 3e-6
+
+# Thousands of proposals pass four convolutions in three stages: 1.4 TFLOP forward, 8 in training.
+CASCADE_IS_SLOW = ["maskrcnn_t", pytest.param("cascade_lmini", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module", params=["maskrcnn_t", "cascade_lmini"])
@@ -90,6 +98,21 @@ def detections(case):
         return model(golden_rcnn.images(name), SIZES)
 
 
+@pytest.mark.parametrize("case", CASCADE_IS_SLOW, indirect=True, scope="module")
+@torch.no_grad()
+def test_detections_from_the_authors_proposals_are_the_authors(case):
+    name, _, model, _, pyramid = case
+    stored = raw(name)
+    proposals = [torch.from_numpy(stored[f"proposals/{number}"])[:, :4] for number in range(2)]
+    for number, found in enumerate(model.roi.predict(pyramid[:4], proposals, SIZES)):
+        boxes, labels = (torch.from_numpy(stored[f"det_rescale0/{number}/{what}"]) for what in ("boxes", "labels"))
+        distance = torch.cdist(found["boxes"], boxes[:, :4], p=float("inf"))
+        nearest, match = distance.masked_fill(found["labels"][:, None] != labels, float("inf")).min(1)
+        assert nearest.max() < HEAD_BOX_TOLERANCE
+        assert match.unique().shape == labels.shape
+        torch.testing.assert_close(found["scores"], boxes[match, 4], rtol=0, atol=5e-6)
+
+
 @pytest.mark.parametrize("rescale", [0, 1])
 def test_detections_are_the_authors(case, detections, rescale):
     name = case[0]
@@ -118,6 +141,12 @@ def test_detections_are_the_authors(case, detections, rescale):
         assert (found["masks"][place].numpy() != drawn.astype(bool)).sum() <= 8
 
 
+def move_the_flipped_location(module, inputs, offset):
+    step = torch.zeros(offset.numel())
+    step[FLIPPED_OFFSET] = FLIPPED_BY
+    return offset + step.view_as(offset)
+
+
 def losses_of(name, model):
     losses = model.train()(golden_rcnn.images(name), SIZES, golden_rcnn.targets(name))
     model.eval()
@@ -132,10 +161,16 @@ def official_loss(ours):
     return f"s{stage.removeprefix('stage')}.{what}" if stage else what
 
 
+@pytest.mark.parametrize("case", CASCADE_IS_SLOW, indirect=True, scope="module")
 def test_losses_and_gradients_are_the_authors(case):
     name, stored, model, _, _ = case
     model.zero_grad()
+    hook = None
+    if name == "maskrcnn_t":
+        hook = model.backbone.stages[3].blocks[3].dcn.offset.register_forward_hook(move_the_flipped_location)
     losses = losses_of(name, model)
+    if hook is not None:
+        hook.remove()
     expected = {entry for entry in stored.names() if entry.startswith("loss/") and "acc" not in entry}
     named = {official_loss(key): value for key, value in losses.items()}
     assert {f"loss/{key}" for key in named} == {e for e in expected if "levels" not in e and not e.endswith("total")}
