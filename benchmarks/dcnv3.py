@@ -8,12 +8,10 @@ what it held before the call.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from benchmarks import rivals
 from benchmarks.records import Recorder, advise_pinning, milliseconds, parser, ratios
+from benchmarks.rivals import Rival, operators
 from benchmarks.roofline import Work, ceilings
 from ops import dcnv3
 
@@ -62,29 +61,6 @@ def inputs(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
     return [tensor.requires_grad_(index < 3) for index, tensor in enumerate(tensors)]
 
 
-@dataclass(frozen=True)
-class Rival:
-    """An implementation: how it arranges inputs, what it computes, and the INTERNIMAGE_OPS that it needs."""
-
-    compute: Callable[..., Tensor]
-    arrange: Callable[[list[Tensor]], list[Tensor]] = lambda tensors: tensors
-    to_channels_last: Callable[[Tensor], Tensor] = lambda output: output
-    choice: str = "auto"
-
-    def runs(self, case: Case, tensors: list[Tensor]) -> tuple[Callable[[], Tensor], Callable[[], object]]:
-        """Return the forward without gradients, and forward and backward."""
-        x, offset, mask, grad = self.arrange(tensors)
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return self.compute(x, offset, mask)
-
-        def forward_backward() -> object:
-            return torch.autograd.grad(self.compute(x, offset, mask), (x, offset, mask), grad)
-
-        return forward, forward_backward
-
-
 def implementations(case: Case, dtype: torch.dtype, device: str) -> dict[str, Rival]:
     def ours(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         return dcnv3(x, offset, mask, groups=case.groups)
@@ -108,25 +84,13 @@ def implementations(case: Case, dtype: torch.dtype, device: str) -> dict[str, Ri
     return found
 
 
-@contextlib.contextmanager
-def operators(choice: str) -> Iterator[None]:
-    before = os.environ.get("INTERNIMAGE_OPS")
-    os.environ["INTERNIMAGE_OPS"] = choice
-    try:
-        yield
-    finally:
-        os.environ.pop("INTERNIMAGE_OPS")
-        if before is not None:
-            os.environ["INTERNIMAGE_OPS"] = before
-
-
 def check(case: Case, dtype: torch.dtype, device: str) -> None:
     """Raise AssertionError where an implementation's output is not the kernel's."""
     tensors = inputs(case, dtype, device)
     outputs = {}
     for name, rival in implementations(case, dtype, device).items():
         with operators(rival.choice):
-            outputs[name] = rival.to_channels_last(rival.runs(case, tensors)[0]())
+            outputs[name] = rival.to_channels_last(rival.runs(tensors)[0]())
     for name, output in outputs.items():
         difference = float((output.float() - outputs["kernel"].float()).abs().max())
         assert difference <= TOLERANCES[dtype], f"{case.name} {dtype}: {name} differs by {difference}"
@@ -138,7 +102,7 @@ def time_case(case: Case, dtype: torch.dtype, threads: int, options: argparse.Na
         times = {}
         for name, rival in implementations(case, dtype, options.device).items():
             with operators(rival.choice):
-                run = rival.runs(case, tensors)[index]
+                run = rival.runs(tensors)[index]
                 times[name] = milliseconds(run, threads=threads, seconds=options.seconds)
         extra = {}
         if options.device == "cpu":
@@ -171,7 +135,7 @@ def peak_bytes(case: Case, dtype: torch.dtype, device: str, name: str, backward:
         small = replace(case, batch=1, height=4, width=4)
         for run in rival.runs(small, inputs(small, dtype, device)):
             run()
-        run = rival.runs(case, inputs(case, dtype, device))[int(backward)]
+        run = rival.runs(inputs(case, dtype, device))[int(backward)]
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()

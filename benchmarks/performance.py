@@ -22,8 +22,9 @@ export OMP_PROC_BIND=true OMP_PLACES=cores
 
 A ratio says how many times longer the other implementation took in the same run on the same inputs. `grid_sample` is a
 formulation like the authors' PyTorch fallback (theirs fails in bfloat16, so the bfloat16 goals are against float32),
-`torchvision` its `deform_conv2d`, `reference` this project's operator without a compiled kernel. Times are medians. A
-dash: that implementation does not run in this dtype.
+for deformable attention that of the PyTorch implementations in use; `torchvision` is its `deform_conv2d`, `reference`
+this project's operator without a compiled kernel. Times are medians. A dash: that implementation does not run in this
+dtype.
 """
 COMMANDS = "python -m benchmarks.{name} --output benchmarks/results/{name}_<hardware>_<yyyymm>.json"
 CASE_KEYS = ("benchmark", "name", "quick", "device", "shape", "dtype", "threads", "direction", "mode")
@@ -80,6 +81,17 @@ def memory_table(records: list[Record]) -> str:
     return table(head, rows)
 
 
+def attention_table(records: list[Record]) -> str:
+    head = ["case", "levels", "queries", "dtype", "threads", "direction", "kernel ms", "grid_sample", "reference"]
+    rows = []
+    for r in records:
+        levels = " ".join("x".join(map(str, size)) for size in r["levels"])
+        slower = [times(r["ratio"][name]) for name in head[-2:]]
+        case = [r["shape"], levels, str(r["queries"]), r["dtype"], str(r["threads"]), r["direction"]]
+        rows.append([*case, f"{r['ms']['kernel']:.2f}", *slower])
+    return table(head, rows)
+
+
 def scaling_table(records: list[Record]) -> str:
     by_case = {(r["shape"], r["dtype"], r["direction"], r["threads"]): r["ms"]["kernel"] for r in records}
     rows = [
@@ -116,6 +128,11 @@ def operator_is(dtype: str, direction: str, shapes: str) -> Callable[[Record], b
     return accepts
 
 
+def attention_is(direction: str) -> Callable[[Record], bool]:
+    case = ("deformable_attention", "float32", direction, 2)
+    return lambda r: (r["benchmark"], r.get("dtype"), r.get("direction"), r["threads"]) == case
+
+
 def model_is(dtype: str, mode: str) -> Callable[[Record], bool]:
     return lambda r: (r["benchmark"], r.get("dtype"), r.get("mode"), r["threads"]) == ("model", dtype, mode, 2)
 
@@ -146,6 +163,8 @@ def goals_table(records: list[Record]) -> str:
         ("operator forward, detection", 30, "x", operator_is("float32", "forward", "detection"), against_grid_sample),
         ("operator f+b, T stages", 10, "x", operator_is("float32", "forward+backward", "T"), against_grid_sample),
         ("operator f+b, detection", 20, "x", operator_is("float32", "forward+backward", "det"), against_grid_sample),
+        ("deformable attention forward", 3, "x", attention_is("forward"), against_grid_sample),
+        ("deformable attention f+b", 3, "x", attention_is("forward+backward"), against_grid_sample),
         ("InternImage-T eval, float32", 1.7, "x", model_is("float32", "eval"), against_grid_sample),
         ("InternImage-T train step, float32", 1.5, "x", model_is("float32", "train"), against_grid_sample),
         ("InternImage-T eval, bfloat16", 2.6, "x", model_is("bfloat16", "eval"), against_float32_grid_sample),
@@ -184,12 +203,13 @@ SECTIONS = {
     "roofline": ("The machine's ceilings", roofline_table),
     "dcnv3": ("The operator", operator_table),
     "dcnv3_memory": ("Peak memory beyond the inputs, detection map, as a multiple of the results", memory_table),
+    "deformable_attention": ("Deformable attention, 8 heads of 32 channels, 4 points per level", attention_table),
     "model": ("InternImage-T, 4 images of 224 px, against the same model on grid_sample", model_table),
 }
 
 
 def document(records: list[Record]) -> str:
-    commands = "\n".join(COMMANDS.format(name=name) for name in ("roofline", "dcnv3", "model"))
+    commands = "\n".join(COMMANDS.format(name=name) for name in ("roofline", "dcnv3", "deformable_attention", "model"))
     parts = [HEADER.format(commands=commands)]
     machines: dict[tuple[object, ...], list[Record]] = {}
     for record in records:

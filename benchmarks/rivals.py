@@ -1,12 +1,53 @@
-"""DCNv3 by other means, with the same results: what the kernels are measured against.
+"""The operators by other means, with the same results: what the kernels are measured against.
 
-Shapes: B batch, H W input size, h w output size, G groups, D channels per group, K points per group.
+Shapes: B batch, H W input size, h w output size, G groups, D channels per group, K points per group. Of deformable
+attention: S pixels of all levels, Q queries, M heads, D channels per head, L levels, P points per level.
 """
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import deform_conv2d
+
+
+@dataclass(frozen=True)
+class Rival:
+    """An implementation: how it arranges inputs, what it computes, and the INTERNIMAGE_OPS that it needs."""
+
+    compute: Callable[..., Tensor]
+    arrange: Callable[[list[Tensor]], list[Tensor]] = lambda tensors: tensors
+    to_channels_last: Callable[[Tensor], Tensor] = lambda output: output
+    choice: str = "auto"
+
+    def runs(self, tensors: list[Tensor]) -> tuple[Callable[[], Tensor], Callable[[], object]]:
+        """Return the forward without gradients, and forward and backward; the last tensor is the output's gradient."""
+        *leaves, grad = self.arrange(tensors)
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return self.compute(*leaves)
+
+        def forward_backward() -> object:
+            return torch.autograd.grad(self.compute(*leaves), leaves, grad)
+
+        return forward, forward_backward
+
+
+@contextlib.contextmanager
+def operators(choice: str) -> Iterator[None]:
+    before = os.environ.get("INTERNIMAGE_OPS")
+    os.environ["INTERNIMAGE_OPS"] = choice
+    try:
+        yield
+    finally:
+        os.environ.pop("INTERNIMAGE_OPS")
+        if before is not None:
+            os.environ["INTERNIMAGE_OPS"] = before
 
 
 def dcnv3_grid_sample(
@@ -69,3 +110,23 @@ def dcnv3_torchvision(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
     """Compute 3 x 3 DCNv3 by torchvision's DCNv2, depthwise with weights of 1; layout of `torchvision_inputs`."""
     weight = x.new_ones(x.shape[1], 1, 3, 3)
     return deform_conv2d(x, offset, weight, padding=1, mask=mask)
+
+
+def deformable_attention_grid_sample(
+    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
+    """Compute `ops.deformable_attention` as the PyTorch implementations in use do.
+
+    It samples in float32 whatever the dtype, as autocast makes them do, and holds the `(B * M, D, Q, L * P)` samples.
+    """
+    batch, _, heads, depth = value.shape
+    queries = locations.shape[1]
+    planes = value.float().permute(0, 2, 3, 1).flatten(0, 1).split([height * width for height, width in shapes], -1)
+    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B * M, Q, P, 2)
+    samples = [
+        F.grid_sample(plane.unflatten(-1, shape), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        for plane, shape, grid in zip(planes, shapes, grids, strict=True)
+    ]
+    factors = weights.float().transpose(1, 2).reshape(batch * heads, 1, queries, -1)
+    summed = (torch.cat(samples, -1) * factors).sum(-1)  # (B * M, D, Q)
+    return summed.view(batch, heads * depth, queries).transpose(1, 2).to(value.dtype)

@@ -1,39 +1,20 @@
 """DCNv3: deformable aggregation over a neighbourhood (InternImage, arXiv:2211.05778, eq. 2), on every device.
 
 `dcnv3` is the function to call. It checks its arguments and runs a compiled kernel where there is one, else
-`ops.reference`. Below it:
-
-* `torch.ops.internimage.dcnv3_forward` and `dcnv3_backward` are what `torch.compile` and `torch.export` see: schema,
-  fake kernels, autograd. They work without a compiler too.
-* `torch.ops.internimage_kernels.dcnv3_forward` and `dcnv3_backward`, with the same schema, are the bare kernels. The
-  libraries that `ops.build` loads register them for CPU and CUDA; only this module calls them.
-* In eager mode `dcnv3` calls the bare kernel from an `autograd.Function`: going through a registered autograd formula
-  costs several times the kernel's own dispatch.
+`ops.reference`; `ops.registry` tells how.
 
 Shapes: B batch, H W input size, h w output size, G groups, D channels per group, K points per group.
 """
 
-import functools
-import os
-import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops import build, selfcheck
 from ops.reference import IntPair, Taps, dcnv3_reference, dcnv3_reference_backward, pair
-
-Gradients = tuple[Tensor, Tensor, Tensor]
-
-# float16 on a CPU takes the reference, which computes in float32.
-_KERNEL_DTYPES = {
-    "cpu": (torch.float32, torch.float64, torch.bfloat16),
-    "cuda": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
-}
-# Any: torch.ops has no types.
-_OPERATORS: Any = torch.ops.internimage
-_KERNELS: Any = torch.ops.internimage_kernels
+from ops.registry import Gradients, Operator, autocasts
+from ops.selfcheck import Problem, Truth
 
 
 def dcnv3(
@@ -80,91 +61,13 @@ def dcnv3(
         ValueError: A shape, dtype, device or option does not fit the others.
         RuntimeError: Called under `torch.func` transforms.
     """
-    if not offset.dtype == mask.dtype == x.dtype and _autocasts(x.device.type):
+    if not offset.dtype == mask.dtype == x.dtype and autocasts(x.device.type):
         offset, mask = offset.to(x.dtype), mask.to(x.dtype)
     taps = Taps(
         pair(kernel_size), pair(stride), pair(padding), pair(dilation), groups, float(offset_scale), remove_center
     )
     _check(x, offset, mask, taps)
-    options = (*taps, softmax)
-    run: Any
-    if torch.compiler.is_compiling():
-        run = _OPERATORS.dcnv3_forward
-    elif torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "dcnv3: torch.func transforms (vmap, grad, jacrev, ...) are not supported. Use the batch dimension and "
-            "torch.autograd, or ops.reference.dcnv3_reference, which they can transform."
-        )
-    elif torch.is_grad_enabled() and (x.requires_grad or offset.requires_grad or mask.requires_grad):
-        run = _Dcnv3.apply
-    else:
-        run = _forward
-    out: Tensor = run(x, offset, mask, *options)
-    return out
-
-
-class _Dcnv3(torch.autograd.Function):
-    # `forward(ctx, ...)`, not `setup_context`, which costs twice as much per call.
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, offset: Tensor, mask: Tensor, *options: Any) -> Tensor:
-        ctx.save_for_backward(x, offset, mask)
-        ctx.options = options
-        return _forward(x, offset, mask, *options)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        # Under create_graph the registered operator refuses a second derivative; the bare kernel would drop it.
-        backward = _OPERATORS.dcnv3_backward if torch.is_grad_enabled() else _backward
-        return *backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * len(ctx.options)
-
-
-def _forward(x: Tensor, offset: Tensor, mask: Tensor, *options: Any) -> Tensor:
-    if _has_kernel(x.device, x.dtype, os.environ.get("INTERNIMAGE_OPS")):
-        out: Tensor = _KERNELS.dcnv3_forward(x, offset, mask, *options)
-        return out
-    return dcnv3_reference(x, offset, mask, **_taps(options)._asdict(), softmax=options[-1]).contiguous()
-
-
-def _backward(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, *options: Any) -> Gradients:
-    if _has_kernel(x.device, x.dtype, os.environ.get("INTERNIMAGE_OPS")):
-        if x.is_cuda and torch.are_deterministic_algorithms_enabled():
-            _alert_not_deterministic()
-        grads: Gradients = _KERNELS.dcnv3_backward(grad, x, offset, mask, *options)
-        return grads
-    return dcnv3_reference_backward(grad, x, offset, mask, _taps(options), options[-1])
-
-
-@functools.cache
-def _has_kernel(device: torch.device, dtype: torch.dtype, choice: str | None) -> bool:
-    """Say whether a compiled kernel serves `device` and `dtype`; build it and check it on first use.
-
-    Args:
-        device: Of the tensors.
-        dtype: Of the tensors.
-        choice: INTERNIMAGE_OPS. `ops.build` reads it too; here it makes a change of it seen.
-    """
-    if dtype not in _KERNEL_DTYPES.get(device.type, ()):
-        return False
-    if device.type == "cpu":
-        return build.load("cpp")
-    return build.load("cuda") and selfcheck.passes(
-        _KERNELS.dcnv3_forward, _KERNELS.dcnv3_backward, device, dtype, demanded=choice == "cuda"
-    )
-
-
-def _autocasts(device: str) -> bool:
-    # Asking about a device without autocast, such as meta, raises.
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _alert_not_deterministic() -> None:
-    message = (
-        "dcnv3: the CUDA backward adds with atomics and is not deterministic, but torch.use_deterministic_algorithms "
-        "is on. Set INTERNIMAGE_OPS=reference for a slower one that is."
-    )
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(message)
-    warnings.warn(message, UserWarning, stacklevel=2)
+    return OPERATOR.run(x, offset, mask, *taps, softmax)
 
 
 def _check(x: Tensor, offset: Tensor, mask: Tensor, taps: Taps) -> None:
@@ -214,71 +117,66 @@ def _settings(taps: Taps) -> str:
     return ", ".join([f"groups={taps.groups}", *shown, *["remove_center=True"] * taps.remove_center])
 
 
-def _forward_operator(x: Tensor, offset: Tensor, mask: Tensor, *options: Any) -> Tensor:
-    _check(x, offset, mask, _taps(options))
-    return _forward(x, offset, mask, *options)
-
-
-def _backward_operator(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, *options: Any) -> Gradients:
-    _check(x, offset, mask, _taps(options))
-    expected = (*mask.shape[:3], x.shape[3])
-    if grad.shape != expected or grad.dtype != x.dtype or grad.device != x.device:
-        raise ValueError(
-            f"dcnv3: `grad` has shape {tuple(grad.shape)} and is {grad.dtype} on {grad.device}, expected {expected}, "
-            f"{x.dtype} on {x.device} as the output."
-        )
-    return _backward(grad, x, offset, mask, *options)
-
-
-def _taps(options: tuple[Any, ...]) -> Taps:
-    """Read the operators' arguments after the tensors, whose pairs may be lists."""
+def _taps(options: Sequence[Any]) -> Taps:
+    """Read the operator's arguments after the tensors, whose pairs may be lists."""
     kernel_size, stride, padding, dilation = map(pair, options[:4])
     return Taps(kernel_size, stride, padding, dilation, *options[4:7])
 
 
-def _forward_fake(x: Tensor, offset: Tensor, mask: Tensor, *options: Any) -> Tensor:
-    return x.new_empty((*mask.shape[:3], x.shape[3]))
+def _check_operator(x: Tensor, offset: Tensor, mask: Tensor, *options: Any) -> None:
+    _check(x, offset, mask, _taps(options))
 
 
-def _backward_fake(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, *options: Any) -> Gradients:
-    return x.new_empty(x.shape), offset.new_empty(offset.shape), mask.new_empty(mask.shape)
+def _output_size(x: Tensor, offset: Tensor, mask: Tensor, *options: Any) -> Sequence[int]:
+    return *mask.shape[:3], x.shape[3]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, offset, mask, *ctx.options = inputs
-    ctx.save_for_backward(x, offset, mask)
+def _forward(x: Tensor, offset: Tensor, mask: Tensor, *options: Any) -> Tensor:
+    return dcnv3_reference(x, offset, mask, **_taps(options)._asdict(), softmax=options[7])
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> Any:
-    return *_OPERATORS.dcnv3_backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * len(ctx.options)
+def _backward(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor, *options: Any) -> Gradients:
+    return dcnv3_reference_backward(grad, x, offset, mask, _taps(options), options[7])
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> Any:
-    raise RuntimeError(
-        "dcnv3: double backward of dcnv3 is not implemented. Use ops.reference.dcnv3_reference for second derivatives."
-    )
+def _problems(dtype: torch.dtype) -> Iterator[Problem]:
+    """Yield what InternImage uses, and what no special case of a kernel covers: two small images each."""
+    size = (5, 6)
+    for depth, taps, softmax in (
+        (16, Taps((3, 3), (1, 1), (1, 1), (1, 1), 2, 1.0, False), True),
+        (32, Taps((3, 3), (1, 1), (1, 1), (1, 1), 1, 2.0, True), False),
+        (5, Taps((2, 3), (1, 2), (0, 1), (1, 2), 3, 1.0, False), True),
+    ):
+        random = torch.Generator("cpu").manual_seed(0)
+        channels, points = taps.groups * depth, taps.groups * taps.num_points
+        pixels = (2, *taps.output_size(*size))
+        # The caller may have set another default device.
+        grad, x, mask = (
+            torch.randn(*shape, generator=random, device="cpu").to(dtype)
+            for shape in ((*pixels, channels), (2, *size, channels), (*pixels, points))
+        )
+        # Odd multiples of 1/64 are exact in every dtype, so that all of them sample between the same pixels.
+        steps = torch.randint(-64, 64, (*pixels, 2 * points), generator=random, device="cpu")
+        yield Problem(
+            name=f"kernel {taps.kernel_size} and {depth} channels per group",
+            tensors=(grad, x, ((2 * steps + 1) / 64).to(dtype), mask),
+            options=(*taps, softmax),
+        )
 
 
-def _register() -> list[torch.library.Library]:
-    arguments = (
-        "Tensor x, Tensor offset, Tensor mask, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
-        "int groups, float offset_scale, bool remove_center, bool softmax"
-    )
-    libraries = []
-    for name in ("internimage", "internimage_kernels"):
-        library: Any = torch.library.Library(name, "FRAGMENT")  # type: ignore[no-untyped-call]  # torch has no types here
-        library.define(f"dcnv3_forward({arguments}) -> Tensor")
-        library.define(f"dcnv3_backward(Tensor grad, {arguments}) -> (Tensor, Tensor, Tensor)")
-        torch.library.register_fake(f"{name}::dcnv3_forward", _forward_fake, lib=library)
-        torch.library.register_fake(f"{name}::dcnv3_backward", _backward_fake, lib=library)
-        libraries.append(library)
-    operators = libraries[0]
-    operators.impl("dcnv3_forward", _forward_operator, "CompositeExplicitAutograd")
-    operators.impl("dcnv3_backward", _backward_operator, "CompositeExplicitAutograd")
-    torch.library.register_autograd("internimage::dcnv3_forward", _differentiate, setup_context=_save, lib=operators)
-    torch.library.register_autograd("internimage::dcnv3_backward", _refuse, lib=operators)
-    return libraries
-
-
-# Kept: a library that is collected takes its registrations with it.
-_LIBRARIES = _register()
+OPERATOR = Operator(
+    Truth(
+        name="dcnv3",
+        reference="ops.reference.dcnv3_reference",
+        tensors=("x", "offset", "mask"),
+        forward=_forward,
+        backward=_backward,
+        problems=_problems,
+    ),
+    options=(
+        "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, float offset_scale, "
+        "bool remove_center, bool softmax"
+    ),
+    check=_check_operator,
+    output_size=_output_size,
+)

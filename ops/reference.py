@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ops.bilinear import Corners, from_table, locate, to_table
 
 IntPair = int | Sequence[int]
 
@@ -36,12 +37,11 @@ class Taps(NamedTuple):
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Size of the output for an input of `height` x `width` pixels."""
-        size = (height, width)
-        sizes = [
-            (size[a] + 2 * self.padding[a] - self.dilation[a] * (self.kernel_size[a] - 1) - 1) // self.stride[a] + 1
-            for a in (0, 1)
-        ]
-        return sizes[0], sizes[1]
+        (kernel_y, kernel_x), (stride_y, stride_x), (padding_y, padding_x), (dilation_y, dilation_x) = self[:4]
+        return (
+            (height + 2 * padding_y - dilation_y * (kernel_y - 1) - 1) // stride_y + 1,
+            (width + 2 * padding_x - dilation_x * (kernel_x - 1) - 1) // stride_x + 1,
+        )
 
     def points(self) -> Iterator[tuple[int, int]]:
         """Kernel indices (row, column) in the order of the offset and mask channels."""
@@ -50,22 +50,6 @@ class Taps(NamedTuple):
             for row in range(height):
                 if not (self.remove_center and row == height // 2 and column == width // 2):
                     yield row, column
-
-
-class _Corners(NamedTuple):
-    """Where one point of every (pixel, group) reads; tensors are `(B, h, w, G)`."""
-
-    rows: tuple[Tensor, Tensor, Tensor, Tensor]  # of the table: top left, top right, bottom left, bottom right
-    dx: Tensor  # distance from the left column, [0, 1)
-    dy: Tensor  # distance from the top row, [0, 1)
-    inside: Tensor  # False where the point contributes nothing
-
-    def weights(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Bilinear weights of the four corners times the point's own weight."""
-        weight = torch.where(self.inside, weight, 0)
-        bottom = weight * self.dy
-        top = weight - bottom
-        return top * (1 - self.dx), top * self.dx, bottom * (1 - self.dx), bottom * self.dx
 
 
 def pair(value: IntPair) -> tuple[int, int]:
@@ -103,9 +87,7 @@ def dcnv3_reference(
     table, offsets, weights = _prepare(x.to(real), offset.to(real), mask.to(real), taps, softmax)
     out = table.new_zeros(())
     for k, point in enumerate(taps.points()):
-        corners = _locate(offsets[..., k, :], point, x.shape, taps)
-        for rows, weight in zip(corners.rows, corners.weights(weights[..., k]), strict=True):
-            out = out + weight.unsqueeze(-1) * F.embedding(rows, table)
+        out = out + _locate(offsets[..., k, :], point, x.shape, taps).gather(table, weights[..., k])
     return out.flatten(-2).to(x.dtype)
 
 
@@ -119,32 +101,20 @@ def dcnv3_reference_backward(
     real = torch.promote_types(x.dtype, torch.float32)
     table, offsets, weights = _prepare(x.to(real), offset.to(real), mask.to(real), taps, softmax)
     grad = torch.unflatten(grad.to(real), -1, (taps.groups, -1))  # (B, h, w, G, D)
-    depth = grad.shape[-1]
     grad_table = torch.zeros_like(table)
     grad_offset, grad_weight = offsets.new_empty(offsets.shape), weights.new_empty(weights.shape)
     for k, point in enumerate(taps.points()):
         corners = _locate(offsets[..., k, :], point, x.shape, taps)
-        dots = []
-        for rows, weight in zip(corners.rows, corners.weights(weights[..., k]), strict=True):
-            dots.append((grad * F.embedding(rows, table)).sum(-1))
-            # Element by element: whole rows at once take a sort on CPUs, which crawls when cores are busy.
-            elements = rows.unsqueeze(-1) * depth + torch.arange(depth, device=rows.device)
-            grad_table.view(-1).scatter_add_(0, elements.flatten(), (weight.unsqueeze(-1) * grad).flatten())
-        top_left, top_right, bottom_left, bottom_right = dots
-        top = top_left + corners.dx * (top_right - top_left)
-        bottom = bottom_left + corners.dx * (bottom_right - bottom_left)
-        left = top_left + corners.dy * (bottom_left - top_left)
-        right = top_right + corners.dy * (bottom_right - top_right)
+        corners.scatter(grad_table, weights[..., k], grad)
+        slopes = corners.slopes(table, grad)
         scale = torch.where(corners.inside, weights[..., k] * taps.offset_scale, 0)
-        grad_offset[..., k, 0] = scale * (right - left)
-        grad_offset[..., k, 1] = scale * (bottom - top)
-        grad_weight[..., k] = torch.where(corners.inside, top + corners.dy * (bottom - top), 0)
+        grad_offset[..., k, 0] = scale * slopes.x
+        grad_offset[..., k, 1] = scale * slopes.y
+        grad_weight[..., k] = slopes.weight
     if softmax:
         grad_weight = weights * (grad_weight - (weights * grad_weight).sum(-1, keepdim=True))
-    batch, height, width, channels = x.shape
-    padded = grad_table.view(batch, height + 2, width + 2, channels)
     return (
-        padded[:, 1:-1, 1:-1].to(x.dtype, memory_format=torch.contiguous_format, copy=True),
+        from_table(grad_table, x.shape).to(x.dtype, memory_format=torch.contiguous_format, copy=True),
         grad_offset.flatten(-3).to(offset.dtype),
         grad_weight.flatten(-2).to(mask.dtype),
     )
@@ -154,33 +124,19 @@ def _prepare(x: Tensor, offset: Tensor, mask: Tensor, taps: Taps, softmax: bool)
     """Lay out the inputs by point.
 
     Returns:
-        The pixels of `x` with a border of zeros, one row per (image, pixel, group), `(B * (H + 2) * (W + 2) * G, D)`;
-        the offsets `(B, h, w, G, K, 2)`; the weights `(B, h, w, G, K)`.
+        The table of `x`; the offsets `(B, h, w, G, K, 2)`; the weights `(B, h, w, G, K)`.
     """
-    # The border makes all four corners of a point between -1 and the size readable.
-    table = F.pad(x, (0, 0, 1, 1, 1, 1)).reshape(-1, x.shape[-1] // taps.groups)
     weights = torch.unflatten(mask, -1, (taps.groups, taps.num_points))
     if softmax:
         weights = weights.softmax(-1)
-    return table, torch.unflatten(offset, -1, (taps.groups, taps.num_points, 2)), weights
+    return to_table(x, taps.groups), torch.unflatten(offset, -1, (taps.groups, taps.num_points, 2)), weights
 
 
-def _locate(offset: Tensor, point: tuple[int, int], shape: Sequence[int], taps: Taps) -> _Corners:
+def _locate(offset: Tensor, point: tuple[int, int], shape: Sequence[int], taps: Taps) -> Corners:
     """Find what kernel point `point` reads, for `(B, h, w, G, 2)` offsets and an input of `shape` (B, H, W, C)."""
-    batch, height, width, _ = shape
     y = _coordinate(offset[..., 1], point, taps, axis=0)
     x = _coordinate(offset[..., 0], point, taps, axis=1)
-    inside = (y > -1) & (y < height) & (x > -1) & (x < width)
-    # Selecting before the arithmetic keeps NaN and infinity out of the gradients too.
-    y, x = torch.where(inside, y, 0), torch.where(inside, x, 0)
-    top, left = y.detach().floor(), x.detach().floor()
-    image = torch.arange(batch, device=offset.device).view(-1, 1, 1, 1)
-    group = torch.arange(taps.groups, device=offset.device)
-    corners = []
-    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        row = (image * (height + 2) + top.long() + (1 + down)) * (width + 2) + left.long() + (1 + right)
-        corners.append(torch.where(inside, row, 0) * taps.groups + group)
-    return _Corners((corners[0], corners[1], corners[2], corners[3]), x - left, y - top, inside)
+    return locate(y, x, shape[1], shape[2])
 
 
 def _coordinate(offset: Tensor, point: tuple[int, int], taps: Taps, axis: int) -> Tensor:

@@ -1,8 +1,7 @@
 // DCNv3 kernels for the CPU.
 //
 // For each output pixel the points of all groups are located at once (dcnv3_points.h); then each group sums vectors of
-// channels. A corner outside of the image has weight 0 and the address of one inside, so that these sums do not branch.
-// The backward adds into memory that its task owns: no atomics, and sums in a fixed order.
+// channels (sampling_cpu.h). The backward adds into memory that its task owns: no atomics, and sums in a fixed order.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +12,7 @@
 #include <vector>
 
 #include "dcnv3_points.h"
-#include "simd.h"
+#include "sampling_cpu.h"
 
 namespace dcnv3 {
 
@@ -30,99 +29,16 @@ struct Backward {
   T *grad_x, *grad_offset, *grad_mask;
 };
 
-// Channels of a group are taken in blocks of 32, 16, 8 and 1.
-inline int block_width(int channels) { return channels >= 32 ? 32 : channels >= 16 ? 16 : channels >= 8 ? 8 : 1; }
-
-template <class Body>
-SIMD_INLINE void for_each_block(int depth, const Body& body) {
-  for (int channel = 0, width; channel < depth; channel += width) {
-    width = block_width(depth - channel);
-    switch (width) {
-      case 32: body(channel, std::integral_constant<int, 32>()); break;
-      case 16: body(channel, std::integral_constant<int, 16>()); break;
-      case 8: body(channel, std::integral_constant<int, 8>()); break;
-      default: body(channel, std::integral_constant<int, 1>());
-    }
-  }
-}
-
-// A block of `width` channels as vectors.
-template <class S, int width>
-struct Block {
-  static constexpr int lanes = std::min(width, simd::native_lanes<S>);
-  static constexpr int count = width / lanes;
-  using V = simd::Vec<S, lanes>;
-};
-
-// One block of channels of every group of one output pixel; x and out point at the block's first channel.
-template <int width, class T>
-__attribute__((noinline)) void gather_block(const Geometry& geometry, const PointTable<simd::Real<T>>& table,
-                                            const T* x, T* out) {
-  using B = Block<simd::Real<T>, width>;
-  using V = typename B::V;
-  const auto *top_left = table.corner(0), *top_right = table.corner(1);
-  const auto *bottom_left = table.corner(2), *bottom_right = table.corner(3);
-  const auto *w0 = table.corner_weight(0), *w1 = table.corner_weight(1);
-  const auto *w2 = table.corner_weight(2), *w3 = table.corner_weight(3);
-  int p = 0;
-  for (int g = 0; g < geometry.groups; g++, x += geometry.depth, out += geometry.depth) {
-    V upper[B::count] = {}, lower[B::count] = {};
-    for (const int end = p + geometry.points; p < end; p++) {
-#pragma GCC unroll 8
-      for (int i = 0; i < B::count; i++) {
-        const T* at = x + i * B::lanes;
-        upper[i] += w0[p] * simd::load<B::lanes>(at + top_left[p]);
-        lower[i] += w2[p] * simd::load<B::lanes>(at + bottom_left[p]);
-        upper[i] += w1[p] * simd::load<B::lanes>(at + top_right[p]);
-        lower[i] += w3[p] * simd::load<B::lanes>(at + bottom_right[p]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < B::count; i++) simd::store<B::lanes>(out + i * B::lanes, V(upper[i] + lower[i]));
-  }
-}
-
-// The same for the backward: add to grad_x and to the table's dot products.
-template <int width, class T>
-__attribute__((noinline)) void scatter_block(const Geometry& geometry, PointTable<simd::Real<T>>& table, const T* grad,
-                                             const T* x, simd::Real<T>* grad_x) {
-  using S = simd::Real<T>;
-  using B = Block<S, width>;
-  using V = typename B::V;
-  // Copied here since the compiler has to assume that the stores below change the table's own pointers.
-  const auto *at0 = table.corner(0), *at1 = table.corner(1), *at2 = table.corner(2), *at3 = table.corner(3);
-  const S *w0 = table.corner_weight(0), *w1 = table.corner_weight(1);
-  const S *w2 = table.corner_weight(2), *w3 = table.corner_weight(3);
-  S* dots = table.dots();
-  const int groups = geometry.groups, points = geometry.points, depth = geometry.depth;
-  int p = 0;
-  for (int g = 0; g < groups; g++, grad += depth, x += depth, grad_x += depth) {
-    V upstream[B::count];
-#pragma GCC unroll 8
-    for (int i = 0; i < B::count; i++) upstream[i] = simd::load<B::lanes>(grad + i * B::lanes);
-    for (const int end = p + points; p < end; p++) {
-      if (at0[p] < 0) continue;
-      const auto visit = [&](auto at, S weight) {
-        V sum = {};
-#pragma GCC unroll 8
-        for (int i = 0; i < B::count; i++) {
-          sum += upstream[i] * simd::load<B::lanes>(x + at + i * B::lanes);
-          S* to = grad_x + at + i * B::lanes;
-          simd::store<B::lanes>(to, V(simd::load<B::lanes>(to) + weight * upstream[i]));
-        }
-        return sum;
-      };
-      const V sum0 = visit(at0[p], w0[p]), sum1 = visit(at1[p], w1[p]);
-      const V sum2 = visit(at2[p], w2[p]), sum3 = visit(at3[p], w3[p]);
-      simd::add_sums<B::lanes>(dots + 4 * p, sum0, sum1, sum2, sum3);
-    }
-  }
+// What the points of one output pixel make up.
+inline Sums sums_of(const Geometry& geometry) {
+  return {geometry.groups, geometry.points, geometry.depth, geometry.depth};
 }
 
 // Output rows [first, last), counted through the batch.
 template <class T>
 void forward_rows(const Geometry& geometry, const Forward<T>& tensors, int64_t first, int64_t last) {
-  PointTable<simd::Real<T>> table(geometry);
+  PixelPoints<simd::Real<T>> table(geometry);
+  const Sums sums = sums_of(geometry);
   const int64_t channels = geometry.channels(), image = int64_t(geometry.y.input) * geometry.x.input * channels;
   for (int64_t line = first; line < last; line++) {
     const int64_t row = line % geometry.y.output;
@@ -132,7 +48,7 @@ void forward_rows(const Geometry& geometry, const Forward<T>& tensors, int64_t f
       table.template locate_points<false>(tensors.offset + pixel * geometry.offset_stride,
                                           tensors.mask + pixel * geometry.mask_stride, row, column);
       for_each_block(geometry.depth, [&](int channel, auto width) {
-        gather_block<width>(geometry, table, x + channel, tensors.out + pixel * channels + channel);
+        gather_block<width, false>(sums, table, x + channel, tensors.out + pixel * channels + channel);
       });
     }
   }
@@ -148,7 +64,7 @@ struct Rows {
 // The input rows that the points of output rows `rows` of one image can touch.
 template <class T>
 Rows touched_rows(const Geometry& geometry, const T* offset, int64_t image, Rows rows) {
-  PointTable<simd::Real<T>> table(geometry);
+  PixelPoints<simd::Real<T>> table(geometry);
   for (int64_t row = rows.first; row < rows.last; row++) {
     for (int64_t column = 0; column < geometry.x.output; column++) {
       const int64_t pixel = (image * geometry.y.output + row) * geometry.x.output + column;
@@ -166,7 +82,8 @@ Rows touched_rows(const Geometry& geometry, const T* offset, int64_t image, Rows
 template <class T>
 void backward_rows(const Geometry& geometry, const Backward<T>& tensors, int64_t image, Rows rows,
                    simd::Real<T>* grad_x) {
-  PointTable<simd::Real<T>> table(geometry);
+  PixelPoints<simd::Real<T>> table(geometry);
+  const Sums sums = sums_of(geometry);
   const int64_t channels = geometry.channels(), points = geometry.groups * geometry.points;
   const T* x = tensors.x + image * geometry.y.input * geometry.x.input * channels;
   for (int64_t row = rows.first; row < rows.last; row++) {
@@ -176,7 +93,7 @@ void backward_rows(const Geometry& geometry, const Backward<T>& tensors, int64_t
                                          tensors.mask + pixel * geometry.mask_stride, row, column);
       table.clear_dots();
       for_each_block(geometry.depth, [&](int channel, auto width) {
-        scatter_block<width>(geometry, table, tensors.grad + pixel * channels + channel, x + channel, grad_x + channel);
+        scatter_block<width>(sums, table, tensors.grad + pixel * channels + channel, x + channel, grad_x + channel);
       });
       table.store_gradients(tensors.grad_offset + pixel * points * 2, tensors.grad_mask + pixel * points);
     }

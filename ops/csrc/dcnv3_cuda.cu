@@ -2,32 +2,15 @@
 
 #include "dcnv3_cuda.h"
 
-#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "cuda_launch.cuh"
 #include "dcnv3_cuda.cuh"
 
 namespace dcnv3 {
 namespace {
-
-// Thread and pixel indices of one launch stay below 2^31, rounded up to whole blocks.
-constexpr int64_t kMaxThreads = (int64_t{1} << 31) - kBlockSize;
-
-Divider make_divider(uint32_t divisor) {
-  uint32_t shift = 0;
-  while ((uint64_t{1} << shift) < divisor) ++shift;
-  const uint64_t excess = (uint64_t{1} << shift) - divisor;
-  return {divisor, static_cast<uint32_t>((excess << 32) / divisor + 1), shift};
-}
-
-// Threads for a (pixel, group) when each owns V channels at a time: a power of two, at most a warp.
-int lane_bits(int depth, int vector) {
-  int bits = 0;
-  while (bits < 5 && vector << bits < depth) ++bits;
-  return bits;
-}
 
 template <int V, typename Window>
 struct Variant {
@@ -54,8 +37,6 @@ void choose_variant(const Geometry& geometry, bool aligned, Run run) {
   }
   run(Variant<1, AnyWindow>{});
 }
-
-bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 int64_t input_size(const Geometry& geometry) {
   return int64_t{geometry.y.input} * geometry.x.input * geometry.channels();
@@ -96,23 +77,10 @@ void for_each_launch(const Geometry& geometry, int vector, Run run) {
                              " pixels is too large. Split the image.");
   }
   Launch<R> launch = make_launch<R>(geometry, vector);
-  const int64_t images = kMaxThreads / threads;
-  for (int64_t first = 0; first < geometry.batch; first += images) {
-    launch.num_threads = static_cast<uint32_t>(threads * std::min(images, geometry.batch - first));
+  for_each_part(geometry.batch, threads, [&](int64_t first, int64_t images) {
+    launch.num_threads = static_cast<uint32_t>(threads * images);
     run(launch, first);
-  }
-}
-
-template <typename R, typename... Parameters, typename... Arguments>
-void enqueue(void* stream, void (*kernel)(Launch<R>, Parameters...), const Launch<R>& launch, Arguments... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((launch.num_threads + kBlockSize - 1) / kBlockSize);
-  config.blockDim = dim3(kBlockSize);
-  config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, launch, arguments...);
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // leave no error behind for the next call to CUDA to report
-  throw std::runtime_error(std::string("dcnv3: launching the CUDA kernel failed: ") + cudaGetErrorString(status));
+  });
 }
 
 template <typename T>
@@ -124,9 +92,9 @@ void forward(const Geometry& geometry, const ForwardBuffers& buffers, void* stre
     using V = decltype(variant);
     for_each_launch<Real<T>>(geometry, V::vector, [&](const Launch<Real<T>>& launch, int64_t image) {
       const int64_t pixel = image * output_pixels(geometry);
-      enqueue(stream, forward_kernel<T, V::vector, typename V::window>, launch, x + image * input_size(geometry),
-              offset + pixel * geometry.offset_stride, mask + pixel * geometry.mask_stride,
-              out + pixel * geometry.channels());
+      enqueue("dcnv3", stream, forward_kernel<T, V::vector, typename V::window>, launch,
+              x + image * input_size(geometry), offset + pixel * geometry.offset_stride,
+              mask + pixel * geometry.mask_stride, out + pixel * geometry.channels());
     });
   });
 }
@@ -143,10 +111,10 @@ void backward(const Geometry& geometry, const BackwardBuffers& buffers, void* st
     using V = decltype(variant);
     for_each_launch<R>(geometry, V::vector, [&](const Launch<R>& launch, int64_t image) {
       const int64_t pixel = image * output_pixels(geometry), point = pixel * geometry.groups * geometry.points;
-      enqueue(stream, backward_kernel<T, V::vector, typename V::window>, launch, grad + pixel * geometry.channels(),
-              x + image * input_size(geometry), offset + pixel * geometry.offset_stride,
-              mask + pixel * geometry.mask_stride, grad_x + image * input_size(geometry), grad_offset + 2 * point,
-              grad_mask + point);
+      enqueue("dcnv3", stream, backward_kernel<T, V::vector, typename V::window>, launch,
+              grad + pixel * geometry.channels(), x + image * input_size(geometry),
+              offset + pixel * geometry.offset_stride, mask + pixel * geometry.mask_stride,
+              grad_x + image * input_size(geometry), grad_offset + 2 * point, grad_mask + point);
     });
   });
 }
@@ -154,29 +122,11 @@ void backward(const Geometry& geometry, const BackwardBuffers& buffers, void* st
 }  // namespace
 
 void launch_forward(const Geometry& geometry, ElementType type, const ForwardBuffers& buffers, void* stream) {
-  switch (type) {
-    case ElementType::float32:
-      return forward<float>(geometry, buffers, stream);
-    case ElementType::float64:
-      return forward<double>(geometry, buffers, stream);
-    case ElementType::float16:
-      return forward<__half>(geometry, buffers, stream);
-    case ElementType::bfloat16:
-      return forward<__nv_bfloat16>(geometry, buffers, stream);
-  }
+  dispatch(type, [&]<typename T>(T*) { forward<T>(geometry, buffers, stream); });
 }
 
 void launch_backward(const Geometry& geometry, ElementType type, const BackwardBuffers& buffers, void* stream) {
-  switch (type) {
-    case ElementType::float32:
-      return backward<float>(geometry, buffers, stream);
-    case ElementType::float64:
-      return backward<double>(geometry, buffers, stream);
-    case ElementType::float16:
-      return backward<__half>(geometry, buffers, stream);
-    case ElementType::bfloat16:
-      return backward<__nv_bfloat16>(geometry, buffers, stream);
-  }
+  dispatch(type, [&]<typename T>(T*) { backward<T>(geometry, buffers, stream); });
 }
 
 }  // namespace dcnv3

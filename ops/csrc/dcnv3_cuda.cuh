@@ -5,26 +5,15 @@
 // warp; the backward sums the gradients of offset and mask over them with shuffles. Arithmetic is float32, or float64
 // for float64 tensors.
 //
-// With -DDCNV3_CUDA_EMULATION a C++ compiler builds this file for the CPU (tests/ops/emulation).
+// With -DCUDA_EMULATION a C++ compiler builds this file for the CPU (tests/ops/emulation).
 #pragma once
 
 #include <cstdint>
 
-#include "dcnv3_cuda_elements.cuh"
 #include "dcnv3_geometry.h"
+#include "sampling_cuda.cuh"
 
 namespace dcnv3 {
-
-constexpr int kBlockSize = 256;
-
-// Quotients by a number known at launch, exact for dividends below 2^31: a multiplication instead of a division.
-struct Divider {
-  uint32_t divisor, multiplier, shift;
-
-  __device__ __forceinline__ uint32_t quotient(uint32_t dividend) const {
-    return (__umulhi(dividend, multiplier) + dividend) >> shift;
-  }
-};
 
 // One launch: the geometry in the types that the kernels compute with. R is the type of coordinates.
 template <typename R>
@@ -114,7 +103,7 @@ struct Place {
 
 // Unlike __expf, without the instructions that keep results below 1e-38 apart from 0.
 __device__ __forceinline__ float exponential(float x) {
-#ifdef DCNV3_CUDA_EMULATION
+#ifdef CUDA_EMULATION
   return std::exp(x);
 #else
   float result;
@@ -174,28 +163,6 @@ __device__ __forceinline__ Point<Real<T>> point_at(const Launch<Real<T>>& launch
                 coordinate(place.x, R(column * launch.x.dilation), dx, launch.scale), launch.y.input, launch.x.input);
 }
 
-// Whether a point contributes nothing, whatever its weight.
-template <typename R>
-__device__ __forceinline__ bool is_void(const Point<R>& point) {
-  return !point.top && !point.bottom;
-}
-
-// Which of a point's four corners exist, and where they are from the first pixel of the image, in elements.
-template <typename R>
-struct Reads {
-  bool top_left, top_right, bottom_left, bottom_right;
-  int start, right, down;
-
-  __device__ __forceinline__ Reads(const Launch<R>& launch, const Point<R>& point)
-      : top_left(point.top && point.left),
-        top_right(point.top && point.right),
-        bottom_left(point.bottom && point.left),
-        bottom_right(point.bottom && point.right),
-        start((point.row * launch.x.input + point.column) * launch.channels),
-        right(launch.channels),
-        down(launch.x.input * launch.channels) {}
-};
-
 template <typename R>
 __device__ __forceinline__ int64_t image_size(const Launch<R>& launch) {
   return int64_t(launch.y.input) * launch.x.input * launch.channels;
@@ -220,77 +187,12 @@ __global__ void __launch_bounds__(kBlockSize, Window::fixed ? 4 : 1)
     for_each_point<Window>(launch, [&](int index, int column, int row) {
       const Point<R> point = point_at(launch, place, offset + 2 * index, column, row);
       const Corners<R> weights = corner_weights(point, is_void(point) ? R(0) : modulation(index));
-      const Reads<R> reads(launch, point);
-      const T* corner = x + channel + reads.start;
-      R a[V], b[V], c[V], d[V];
-      load_channels(a, corner, reads.top_left);
-      load_channels(b, corner + reads.right, reads.top_right);
-      load_channels(c, corner + reads.down, reads.bottom_left);
-      load_channels(d, corner + reads.down + reads.right, reads.bottom_right);
-      // One sum would need an addition more than these four fused multiply-adds.
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        sum[i] += weights.top_left * a[i];
-        sum[i] += weights.top_right * b[i];
-        sum[i] += weights.bottom_left * c[i];
-        sum[i] += weights.bottom_right * d[i];
-      }
+      const Reads<R> reads(point, launch.x.input, launch.channels);
+      add_sample(x + channel + reads.start, reads, weights, sum);
     });
     store_channels(out + channel, sum);
     if (Window::fixed) break;
   }
-}
-
-// One corner: add its share to the gradient of x, and the product of its channels with those of `grad` to `product`.
-template <typename T, int V>
-__device__ __forceinline__ void visit_corner(const T* x, Real<T>* grad_x, bool exists, Real<T> weight,
-                                             const Real<T> (&grad)[V], Real<T>& product) {
-  Real<T> channels[V];
-  load_channels(channels, x, exists);
-  // Offsets start as zeros, and then three weights of four are 0.
-  if (exists && weight != 0) add_channels(grad_x, weight, grad);
-#pragma unroll
-  for (int i = 0; i < V; ++i) product += channels[i] * grad[i];
-}
-
-// A thread's channels in the backward. Pointers are at the first of them; those into images at the image's first pixel.
-template <typename T, int V, typename Window>
-struct Channels {
-  using R = Real<T>;
-  const T *x, *grad;
-  R* grad_x;
-  int count;
-  R loaded[V];  // of grad
-
-  // Return the products of grad with the four corners, and add to the gradient of x where a corner has a weight.
-  __device__ __forceinline__ Corners<R> visit(const Launch<R>& launch, const Point<R>& point,
-                                              const Corners<R>& weights) {
-    const Reads<R> reads(launch, point);
-    const int right = reads.right, down = reads.down;
-    Corners<R> dots = {0, 0, 0, 0};
-    for (int channel = 0; Window::fixed || channel < count; channel += V << launch.lane_bits) {
-      if (!Window::fixed) load_channels(loaded, grad + channel, true);
-      const T* corner = x + channel + reads.start;
-      R* target = grad_x + channel + reads.start;
-      visit_corner(corner, target, reads.top_left, weights.top_left, loaded, dots.top_left);
-      visit_corner(corner + right, target + right, reads.top_right, weights.top_right, loaded, dots.top_right);
-      visit_corner(corner + down, target + down, reads.bottom_left, weights.bottom_left, loaded, dots.bottom_left);
-      visit_corner(corner + down + right, target + down + right, reads.bottom_right, weights.bottom_right, loaded,
-                   dots.bottom_right);
-      if (Window::fixed) break;
-    }
-    return dots;
-  }
-};
-
-template <typename R>
-__device__ __forceinline__ Slopes<R> sum_over_lanes(unsigned active, Slopes<R> slope, int lane_bits) {
-  for (int distance = 1 << lane_bits >> 1; distance > 0; distance >>= 1) {
-    slope.weight += __shfl_xor_sync(active, slope.weight, distance);
-    slope.y += __shfl_xor_sync(active, slope.y, distance);
-    slope.x += __shfl_xor_sync(active, slope.x, distance);
-  }
-  return slope;
 }
 
 // grad_x accumulates in the type of the arithmetic and must start as zeros. grad_offset and grad_mask are contiguous.
@@ -310,21 +212,24 @@ __global__ void __launch_bounds__(kBlockSize, Window::fixed ? 3 : 1)
   offset += place.pixel * launch.offset_stride + place.group * (2 * points);
   const Modulation<T, Window> modulation(launch, mask + place.pixel * launch.mask_stride + place.group * points);
   const int64_t first_channel = place.image * image_size(launch) + place.group * launch.depth + place.lane * V;
-  Channels<T, V, Window> channels;
+  Channels<T, V, Window::fixed> channels;
   channels.x = hide_origin(x + first_channel);
   channels.grad_x = hide_origin(grad_x + first_channel);
   channels.grad = grad + int64_t(place.pixel) * launch.channels + place.group * launch.depth + place.lane * V;
   channels.count = launch.depth - int(place.lane) * V;
+  channels.lane_bits = launch.lane_bits;
   if (Window::fixed) load_channels(channels.loaded, channels.grad, true);
   grad_offset += int64_t(thread >> launch.lane_bits) * (2 * points);
   grad_mask += int64_t(thread >> launch.lane_bits) * points;
+
+  const auto reads_at = [&](const Point<R>& point) { return Reads<R>(point, launch.x.input, launch.channels); };
 
   // The mean of the weights' gradients, which softmax takes off each. A fixed window holds them all until it is known.
   R mean = 0;
   if (!Window::fixed && Window::softmax(launch)) {
     for_each_point<Window>(launch, [&](int index, int column, int row) {
       const Point<R> point = point_at(launch, place, offset + 2 * index, column, row);
-      mean += modulation(index) * slopes(point, channels.visit(launch, point, {0, 0, 0, 0})).weight;
+      mean += modulation(index) * slopes(point, channels.visit(reads_at(point), {0, 0, 0, 0})).weight;
     });
     mean = sum_over_lanes<R>(active, {mean, 0, 0}, launch.lane_bits).weight;
   }
@@ -332,7 +237,7 @@ __global__ void __launch_bounds__(kBlockSize, Window::fixed ? 3 : 1)
   for_each_point<Window>(launch, [&](int index, int column, int row) {
     const Point<R> point = point_at(launch, place, offset + 2 * index, column, row);
     const R modulated = modulation(index), weight = is_void(point) ? R(0) : modulated;
-    Slopes<R> slope = slopes(point, channels.visit(launch, point, corner_weights(point, weight)));
+    Slopes<R> slope = slopes(point, channels.visit(reads_at(point), corner_weights(point, weight)));
     slope = sum_over_lanes<R>(active, slope, launch.lane_bits);
     if (Window::fixed) grad_weights[index] = slope.weight;
     // The lanes take turns at writing.

@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "cuda_types.h"
 #include "dcnv3_geometry.h"
 
 namespace dcnv3 {
-
-enum class ElementType : int32_t { float32, float64, float16, bfloat16 };
 
 // Pointers into device memory, laid out as `Geometry` says.
 struct ForwardBuffers {

@@ -1,20 +1,10 @@
-// From the arguments of the DCNv3 operators to the kernels' geometry. Stable ABI headers: they compile in a quarter of
-// the time of torch/library.h, and one binary serves every torch from the target on.
+// From the arguments of the DCNv3 operators to the kernels' geometry.
 #pragma once
 
-#ifndef TORCH_TARGET_VERSION
-#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))  // the oldest torch that pyproject.toml allows
-#endif
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
-#include <initializer_list>
-#include <limits>
 #include <vector>
 
+#include "binding.h"
 #include "dcnv3_geometry.h"
 
 namespace dcnv3 {
@@ -47,10 +37,7 @@ struct Call {
        const IntPair& padding, const IntPair& dilation, int64_t groups, double offset_scale, bool remove_center,
        bool softmax)
       : x(torch::stable::contiguous(x_)), offset(offset_), mask(mask_) {
-    const int64_t image = x.size(1) * x.size(2) * x.size(3);
-    STD_TORCH_CHECK(image <= std::numeric_limits<int32_t>::max(), "dcnv3: an image of `x` has ", image,
-                    " elements, and the kernels address at most 2147483647. Cut it into tiles, or set "
-                    "INTERNIMAGE_OPS=reference.");
+    binding::check_image_size("dcnv3", "x", x.size(1) * x.size(2) * x.size(3));
     const auto axis = [&](int which) {
       return Axis{static_cast<int32_t>(x.size(1 + which)),       static_cast<int32_t>(mask_.size(1 + which)),
                   static_cast<int32_t>(kernel_size.at(which)), static_cast<int32_t>(stride.at(which)),

@@ -1,11 +1,12 @@
 """The benchmarks compare like with like, and the page made from them is current."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import performance, rivals, roofline
+from benchmarks import deformable_attention, performance, rivals, roofline
 from benchmarks.dcnv3 import CASES, Rival, implementations, inputs
 from ops.reference import dcnv3_reference
 
@@ -47,13 +48,29 @@ def test_all_rivals_agree_and_differentiate(monkeypatch):
     outputs = {}
     for name, rival in found.items():
         assert isinstance(rival, Rival)
-        forward, forward_backward = rival.runs(case, tensors)
+        forward, forward_backward = rival.runs(tensors)
         outputs[name] = rival.to_channels_last(forward())
         gradients = forward_backward()
         assert sum(gradient.numel() for gradient in gradients) == sum(tensor.numel() for tensor in tensors[:3])
     for output in outputs.values():
         # As above.
         torch.testing.assert_close(output, outputs["reference"], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("case", deformable_attention.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", deformable_attention.TOLERANCES, ids=str)
+def test_all_forms_of_deformable_attention_agree_and_differentiate(case, dtype, monkeypatch):
+    monkeypatch.setenv("INTERNIMAGE_OPS", "reference")
+    small = replace(case, shapes=((6, 9), (3, 5)), queries=case.queries and 7)
+    deformable_attention.check(small, dtype, "cpu")
+    tensors = deformable_attention.inputs(small, dtype, "cpu")
+    found = {
+        name: rival.runs(tensors)[1]() for name, rival in deformable_attention.implementations(small, "cpu").items()
+    }
+    if dtype == torch.float32:
+        for gradients in found.values():
+            # Gradients of locations are differences of values times sizes in pixels; a sum of 16 of those.
+            torch.testing.assert_close(gradients, found["reference"], rtol=1e-4, atol=1e-3)
 
 
 def test_work_counts_what_the_operator_does():

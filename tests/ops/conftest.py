@@ -4,8 +4,27 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops.build.toolchain import BuildError, find_cxx
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def operators_that_run() -> Operators:
+    """A context that collects the names of the operators that run in it."""
+    return Operators()
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +38,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=["reference", "cpp"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Serve `dcnv3` on the CPU by this implementation and no other."""
+    """Serve the operators on the CPU by this implementation and no other."""
     if request.param == "cpp":
         try:
             find_cxx()

@@ -1,58 +1,22 @@
-"""The torch binding of the CUDA kernels, on CPU tensors: the emulated kernels take the place of a GPU.
+"""The torch binding of DCNv3's CUDA kernels, on CPU tensors: the emulated kernels take the place of a GPU."""
 
-The binding is changed in the three places where it speaks to a device; everything else runs as it is.
-"""
-
-import shutil
-import subprocess
-from pathlib import Path
-
+import emulated_cuda
 import pytest
 import torch
 
 from ops import selfcheck
+from ops.dcnv3 import OPERATOR
 from ops.reference import dcnv3_reference
 
-ROOT = Path(__file__).parents[2]
-COMPILER = shutil.which("g++") or shutil.which("c++")
-SCHEMA = (
-    "Tensor x, Tensor offset, Tensor mask, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
-    "int groups, float offset_scale, bool remove_center, bool softmax"
-)
-CHANGES = {
-    "(internimage_kernels, CUDA, library)": "(internimage_emulated, CPU, library)",
-    "tensor.is_cuda()": "tensor.is_cpu()",
-    "STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));": "",
-    "const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());": "",
-}
-# Its definitions live as long as it does.
-LIBRARY = torch.library.Library("internimage_emulated", "FRAGMENT")
 OPTIONS = ([3, 3], [1, 1], [1, 1], [1, 1], 2, 1.0, False, True)
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler to build the emulation")
+pytestmark = emulated_cuda.needs_compiler
 
 
 @pytest.fixture(scope="module")
 def operators(tmp_path_factory):
     """The operators of the binding, for CPU tensors."""
-    folder = tmp_path_factory.mktemp("binding")
-    text = (ROOT / "ops/csrc/dcnv3_cuda.cpp").read_text()
-    for old, new in CHANGES.items():
-        assert old in text
-        text = text.replace(old, new)
-    (folder / "binding.cpp").write_text(text)
-    torch_folder = Path(torch.__file__).parent
-    include = [f"-I{ROOT / 'ops/csrc'}", f"-I{ROOT / 'tests/ops/emulation'}", f"-isystem{torch_folder / 'include'}"]
-    command = [COMPILER, "-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", *include]
-    kernels = ["-fno-strict-aliasing", "-DDCNV3_CUDA_EMULATION", ROOT / "tests/ops/emulation/driver.cpp"]
-    subprocess.run([*command, *kernels, "-c", "-o", folder / "kernels.o"], check=True)
-    subprocess.run([*command, folder / "binding.cpp", "-c", "-o", folder / "binding.o"], check=True)
-    link = [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu", "-shared", "-o", folder / "binding.so"]
-    subprocess.run([COMPILER, folder / "kernels.o", folder / "binding.o", *link], check=True)
-    LIBRARY.define(f"dcnv3_forward({SCHEMA}) -> Tensor")
-    LIBRARY.define(f"dcnv3_backward(Tensor grad, {SCHEMA}) -> (Tensor, Tensor, Tensor)")
-    torch.ops.load_library(folder / "binding.so")
-    return torch.ops.internimage_emulated
+    return emulated_cuda.emulated_operators(tmp_path_factory.mktemp("binding"), "dcnv3", "x")
 
 
 @pytest.fixture
@@ -65,7 +29,8 @@ def inputs() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", selfcheck.TOLERANCES, ids=str)
 def test_self_check_passes(operators, dtype):
-    assert selfcheck.passes(operators.dcnv3_forward, operators.dcnv3_backward, torch.device("cpu"), dtype)
+    kernels = (operators.dcnv3_forward, operators.dcnv3_backward)
+    assert selfcheck.passes(OPERATOR.truth, *kernels, torch.device("cpu"), dtype)
 
 
 def test_inputs_of_any_strides(operators, inputs):

@@ -1,32 +1,21 @@
 """The CUDA source of DCNv3, run on the CPU by tests/ops/emulation, against the float64 reference and golden cases."""
 
 import ctypes
-import shutil
-import subprocess
 import zlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+import emulated_cuda
 import golden_dcnv3
 import numpy as np
 import pytest
 import torch
+from emulated_cuda import ELEMENT_TYPES, ORDERS, TOLERANCES, addresses
 
 from ops.reference import Taps, dcnv3_reference
 
-ROOT = Path(__file__).parents[2]
-EMULATION = ROOT / "tests/ops/emulation"
-SOURCES = ROOT / "ops/csrc"
-COMPILER = shutil.which("g++") or shutil.which("c++")
+pytestmark = emulated_cuda.needs_compiler
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler to build the emulation")
-
-ORDERS = {"natural": 0, "reversed": 1, "shuffled": 2}
-ELEMENT_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 NAMES = ("out", "grad_x", "grad_offset", "grad_mask")
-# Largest difference over the largest expected value. The arithmetic is float64 or float32; results stored in 16 bits
-# are off by half a unit in the last place, 2**-11 or 2**-8 of a value in the same binade.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2**-11 + 2e-6, torch.bfloat16: 2**-8 + 2e-6}
 
 
 class Axis(ctypes.Structure):
@@ -120,20 +109,9 @@ CASES = {
 }
 
 
-def compile_emulation(target: Path, source: Path, *flags: str) -> Path:
-    flags = (*flags, f"-I{SOURCES}", f"-I{EMULATION}", "-DDCNV3_CUDA_EMULATION", "-std=c++20", "-fno-strict-aliasing")
-    command = [COMPILER, *flags, source, "-o", target]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return target
-
-
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory) -> ctypes.CDLL:
-    folder = tmp_path_factory.mktemp("emulation")
-    source = EMULATION / "driver.cpp"
-    library = ctypes.CDLL(str(compile_emulation(folder / "driver.so", source, "-O1", "-shared", "-fPIC")))
-    library.run_dcnv3.restype = ctypes.c_char_p
+    library = emulated_cuda.load_driver(tmp_path_factory.mktemp("emulation") / "driver.so", "driver.cpp", "-O1")
     library.divide.argtypes, library.divide.restype = [ctypes.c_uint32, ctypes.c_uint32], ctypes.c_uint32
     library.widen_half.argtypes, library.widen_half.restype = [ctypes.c_uint16], ctypes.c_float
     for narrow in (library.narrow_half, library.narrow_bfloat16):
@@ -194,10 +172,6 @@ def make_outputs(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
     ]
 
 
-def addresses(tensors: list[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
-
-
 def emulate(driver: ctypes.CDLL, case: Case, inputs: list[torch.Tensor], order: str) -> list[torch.Tensor]:
     outputs = make_outputs(case, inputs[0].dtype)
     call = make_call(case, inputs[1], inputs[2], order)
@@ -214,12 +188,7 @@ def expected(case: Case, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def assert_close(found: list[torch.Tensor], truth: list[torch.Tensor]) -> None:
-    for name, ours, theirs in zip(NAMES, found, truth, strict=True):
-        assert ours.shape == theirs.shape
-        if theirs.numel():
-            difference = (ours.double() - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)
-            # The kernel leaves the gradient of x in the type of the arithmetic.
-            assert difference <= TOLERANCES[ours.dtype], f"{name}: {difference:.2e}"
+    emulated_cuda.assert_close(NAMES, found, truth)
 
 
 @pytest.mark.parametrize("dtype", ELEMENT_TYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -306,8 +275,7 @@ SEEDED_FAULTS = {
 @pytest.fixture(scope="module")
 def misuse(tmp_path_factory):
     """Run a kernel with a seeded fault: (index of the fault, thread order) -> its error and its output."""
-    target = tmp_path_factory.mktemp("misuse") / "misuse.so"
-    library = ctypes.CDLL(str(compile_emulation(target, EMULATION / "misuse.cpp", "-O1", "-shared", "-fPIC")))
+    library = emulated_cuda.load_driver(tmp_path_factory.mktemp("misuse") / "misuse.so", "misuse.cpp", "-O1")
     library.run_misuse.restype = ctypes.c_char_p
     # torch aligns its tensors.
     numbers = torch.arange(64, dtype=torch.int32)
@@ -339,51 +307,23 @@ def test_misuse_is_an_error(misuse, fault):
     assert SEEDED_FAULTS[fault] in error
 
 
-def changed_sources(folder: Path, file: str, old: str, new: str) -> str:
-    """Copy the sources with one change; returns the flag that puts the copy first."""
-    shutil.copytree(SOURCES, folder)
-    text = (folder / file).read_text()
-    assert text.count(old) == 1
-    (folder / file).write_text(text.replace(old, new))
-    return f"-I{folder}"
-
-
 def test_a_wrong_shuffle_mask_in_the_kernel_is_caught(tmp_path):
     ballot = "= __ballot_sync(0xffffffffu, thread < launch.num_threads)"
-    include = changed_sources(tmp_path / "csrc", "dcnv3_cuda.cuh", ballot, "= 0xffffffffu")
-    target = tmp_path / "driver.so"
-    compile_emulation(target, EMULATION / "driver.cpp", include, "-O0", "-shared", "-fPIC")
-    library = ctypes.CDLL(str(target))
-    library.run_dcnv3.restype = ctypes.c_char_p
+    include = emulated_cuda.changed_sources(tmp_path / "csrc", "dcnv3_cuda.cuh", ballot, "= 0xffffffffu")
+    library = emulated_cuda.load_driver(tmp_path / "driver.so", "driver.cpp", include, "-O0")
     with pytest.raises(AssertionError, match="names lane 16, which has exited"):
         emulate(library, Case(size=(2, 3)), make_inputs(Case(size=(2, 3)), torch.float16), "natural")
 
 
 def test_kernels_are_clean_under_sanitizers_and_in_many_launches(tmp_path):
-    """AddressSanitizer and UBSan, the branches for older GPUs, and launches that hold one image each."""
-    found = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not Path(found).is_absolute():
-        pytest.skip("needs the compiler's AddressSanitizer library")
-    include = changed_sources(tmp_path / "csrc", "dcnv3_cuda.cu", "images = kMaxThreads / threads", "images = 1")
-    flags = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DSTANDALONE")
-    source = EMULATION / "driver.cpp"
-    program = compile_emulation(tmp_path / "driver", source, include, *flags, "-D__CUDA_ARCH__=800")
+    program = emulated_cuda.compile_sanitized(tmp_path, "driver.cpp")
     dtypes = list(ELEMENT_TYPES)
     # Neighbouring cases take different dtypes, so that every kind of kernel meets the sanitizers.
     problems = [(replace(case, fused=False), dtypes[i % 4]) for i, case in enumerate(CASES.values())]
-    stream = bytearray()
+    records = []
     for case, dtype in problems:
-        inputs, outputs = make_inputs(case, dtype), make_outputs(case, dtype)
-        stream += bytes(make_call(case, inputs[1], inputs[2], "reversed"))
-        stream += b"".join(tensor.nbytes.to_bytes(8, "little") for tensor in inputs + outputs)
-        stream += b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in inputs)
-    done = subprocess.run([program], input=bytes(stream), capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
-    results = memoryview(bytearray(done.stdout))
-    for case, dtype in problems:
-        inputs, outputs = make_inputs(case, dtype), make_outputs(case, dtype)
-        for tensor in outputs:
-            if tensor.numel():
-                tensor.copy_(torch.frombuffer(results[: tensor.nbytes], dtype=tensor.dtype).view(tensor.shape))
-            results = results[tensor.nbytes :]
-        assert_close(outputs, expected(case, inputs))
+        inputs = make_inputs(case, dtype)
+        records.append((make_call(case, inputs[1], inputs[2], "reversed"), inputs, make_outputs(case, dtype)))
+    results = emulated_cuda.run_program(program, records)
+    for (case, _), (_, inputs, _), outputs in zip(problems, records, results, strict=True):
+        assert_close(list(outputs), expected(case, inputs))

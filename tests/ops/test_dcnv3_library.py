@@ -5,7 +5,6 @@ import io
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops import dcnv3
 from ops.reference import dcnv3_reference
@@ -22,18 +21,6 @@ def inputs(height: int = 4, width: int = 5, dtype: torch.dtype = torch.float64) 
 
 def operator(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
     return dcnv3(x, offset, mask, groups=2, softmax=True)
-
-
-class Operators(TorchDispatchMode):
-    """Names of the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.usefixtures("implementation")
@@ -197,9 +184,9 @@ def test_deterministic_algorithms_refuse_the_cuda_kernel_and_take_the_reference(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_internimage_ops_chooses_what_runs(implementation, dtype):
+def test_internimage_ops_chooses_what_runs(implementation, dtype, operators_that_run):
     leaves = inputs(dtype=dtype)
-    with Operators() as operators:
+    with operators_that_run as operators:
         operator(*leaves).sum().backward()
     served_by_kernel = implementation == "cpp" and dtype != torch.float16
     kernels = {name for name in operators.names if name.startswith("internimage_kernels")}

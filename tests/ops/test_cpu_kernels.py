@@ -1,4 +1,4 @@
-"""The CPU kernels of DCNv3 compiled for each instruction set, under the address and undefined-behaviour sanitizers."""
+"""The CPU kernels compiled for each instruction set, under the address and undefined-behaviour sanitizers."""
 
 import subprocess
 from pathlib import Path
@@ -13,8 +13,9 @@ CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("operator", ["dcnv3", "deformable_attention"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_kernels_stay_within_their_tensors_and_agree_with_plain_loops(capability, tmp_path):
+def test_kernels_stay_within_their_tensors_and_agree_with_plain_loops(capability, operator, tmp_path):
     available = torch.backends.cpu.get_cpu_capability()
     if available not in CAPABILITIES or CAPABILITIES.index(capability) > CAPABILITIES.index(available):
         pytest.skip(f"this CPU has {available}")
@@ -31,7 +32,7 @@ def test_kernels_stay_within_their_tensors_and_agree_with_plain_loops(capability
             "-fsanitize=address,undefined",
             *simd_flags(capability),
             f"-I{ROOT / 'ops/csrc'}",
-            str(ROOT / "tests/ops/cpu_kernel/main.cpp"),
+            str(ROOT / f"tests/ops/cpu_kernel/{operator}.cpp"),
             f"-o{program}",
         ],
         check=True,

@@ -4,13 +4,13 @@
 #include <cstdint>
 #include <cstring>
 
-#ifndef DCNV3_CUDA_EMULATION
+#ifndef CUDA_EMULATION
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #endif
 
-namespace dcnv3 {
+namespace sampling {
 
 // Conversions of the stored types. Channels travel as raw 32-bit words: arrays of 16-bit elements with a predicated
 // initialisation would be assembled element by element.
@@ -119,7 +119,7 @@ __device__ __forceinline__ void store_channels(T* address, const Real<T> (&value
 // nvcc would carry the distance from the kernel's parameter through every address: four more instructions per corner.
 template <typename T>
 __device__ __forceinline__ T* hide_origin(T* pointer) {
-#ifndef DCNV3_CUDA_EMULATION
+#ifndef CUDA_EMULATION
   asm("" : "+l"(pointer));
   __builtin_assume(__isGlobal(pointer));
 #endif
@@ -144,4 +144,4 @@ __device__ __forceinline__ void add_channels(R* address, R weight, const R (&val
   }
 }
 
-}  // namespace dcnv3
+}  // namespace sampling

@@ -1,11 +1,10 @@
-// Runs the CPU kernels of DCNv3 on heap blocks of exactly the tensors' sizes, with threads, and compares them with plain
-// loops. Built with sanitizers by test_dcnv3_cpu_kernel.py. Exits with 1 on a difference.
+// Runs the CPU kernels of DCNv3 on heap blocks of exactly the tensors' sizes, with threads, and compares them with
+// plain loops. Built with sanitizers by test_cpu_kernels.py. Exits with 1 on a difference.
 #include <cmath>
-#include <cstdio>
 #include <random>
-#include <thread>
 #include <vector>
 
+#include "check.h"
 #include "dcnv3_cpu.h"
 
 using dcnv3::Geometry;
@@ -26,19 +25,6 @@ const Problem problems[] = {
     {.batch = 2, .height = 9, .width = 1, .groups = 1, .depth = 1, .spread = 3, .kernel_height = 5, .stride = 2},
     {.batch = 9, .height = 4, .width = 4, .groups = 2, .depth = 32, .spread = 1},
 };
-
-template <class T>
-double wide(T value) {
-  return simd::load<1>(&value);
-}
-
-template <class T>
-std::vector<T> random_values(size_t count, double spread, std::mt19937& random) {
-  std::normal_distribution<simd::Real<T>> normal;
-  std::vector<T> values(count);
-  for (T& value : values) simd::store<1>(&value, static_cast<simd::Real<T>>(spread * normal(random)));
-  return values;
-}
 
 template <class T>
 struct Tensors {
@@ -98,23 +84,6 @@ Tensors<double> plain(const Geometry& g, const Tensors<T>& t) {
 }
 
 template <class T>
-double difference(const std::vector<T>& found, const std::vector<double>& expected) {
-  double largest = 1e-30, difference = 0;
-  for (size_t i = 0; i < found.size(); i++) {
-    largest = std::max(largest, std::abs(expected[i]));
-    difference = std::max(difference, std::abs(wide(found[i]) - expected[i]));
-    if (std::isnan(wide(found[i]))) return INFINITY;
-  }
-  return difference / largest;
-}
-
-const auto parallel_for = [](int64_t count, const auto& body) {
-  std::vector<std::thread> threads;
-  for (int64_t i = 0; i < 3; i++) threads.emplace_back([&, i] { body(count * i / 3, count * (i + 1) / 3); });
-  for (auto& thread : threads) thread.join();
-};
-
-template <class T>
 bool passes(const Problem& p, const char* type, double tolerance) {
   std::mt19937 random(0);
   const int points = p.kernel_height * p.kernel_width - p.remove_center;
@@ -137,14 +106,9 @@ bool passes(const Problem& p, const char* type, double tolerance) {
   dcnv3::backward<T>(g, {t.grad.data(), t.x.data(), t.offset.data(), t.mask.data(), t.grad_x.data(),
                          t.grad_offset.data(), t.grad_mask.data()}, parallel_for);
   const Tensors<double> expected = plain(g, t);
-  const double differences[] = {difference(t.out, expected.out), difference(t.grad_x, expected.grad_x),
-                                difference(t.grad_offset, expected.grad_offset),
-                                difference(t.grad_mask, expected.grad_mask)};
-  bool passed = true;
-  for (const double d : differences) passed &= d < tolerance;
-  std::printf("%s %s: %.1e %.1e %.1e %.1e\n", passed ? "passed" : "FAILED", type, differences[0], differences[1],
-              differences[2], differences[3]);
-  return passed;
+  return report(type, tolerance, {difference(t.out, expected.out), difference(t.grad_x, expected.grad_x),
+                                  difference(t.grad_offset, expected.grad_offset),
+                                  difference(t.grad_mask, expected.grad_mask)});
 }
 
 int main() {
