@@ -1,6 +1,7 @@
 """Image classification."""
 
-from typing import Any, TypedDict
+from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
@@ -12,20 +13,7 @@ from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
 from datamodules.batch import ClassificationBatch, PredictBatch
 from internimage import Backbone, Classifier, ConvHead, HeadFactory
 from tasks.base import Task
-
-
-class ClassPrediction(TypedDict):
-    """The most probable classes of a batch, best first.
-
-    Keys:
-        path: Files, B of them.
-        probability: `(B, k)` float32.
-        label: `(B, k)` int64.
-    """
-
-    path: list[str]
-    probability: Tensor
-    label: Tensor
+from tasks.predictions import ClassPrediction, PredictionWriter
 
 
 class Classification(Task):
@@ -69,7 +57,6 @@ class Classification(Task):
         super().__init__(Classifier(backbone, num_classes, head), optimizer=optimizer, **recipe)
         self.label_smoothing = label_smoothing
         self.mix = _mixer(num_classes, mixup_alpha, cutmix_alpha, cutmix_probability)
-        self.class_names: list[str] | None = None
         # Without torchmetrics' checks of every batch, which wait for the device.
         self.loss = MeanMetric(nan_strategy="disable")
         self.top1 = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
@@ -85,8 +72,7 @@ class Classification(Task):
         if self.mix is not None:
             image, target = self.mix(image, target)  # the target is now (B, num_classes), float
         loss = self._cross_entropy(self(image), target)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(image))
-        self.log("lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups), batch_size=len(image))
+        self.log_step(loss, len(image))
         return loss
 
     def validation_step(self, batch: ClassificationBatch, batch_idx: int) -> None:
@@ -100,15 +86,8 @@ class Classification(Task):
         best = probability.topk(min(self.num_predictions, probability.shape[1]))
         return {"path": batch["path"], "probability": best.values, "label": best.indices}
 
-    def on_fit_start(self) -> None:
-        self.class_names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # So that a checkpoint predicts names where its training data is not at hand.
-        checkpoint["class_names"] = self.class_names
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.class_names = checkpoint.get("class_names")
+    def prediction_writer(self, folder: Path) -> PredictionWriter:
+        return PredictionWriter(folder)
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the smoothed loss, in float32, for class numbers or for mixed labels `(B, num_classes)`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -17,8 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from tasks.banner import StartBanner
 from tasks.base import Task
 from tasks.callbacks import FiniteLoss, LastCheckpoint, StepSeed
-from tasks.errors import Parser
-from tasks.predictions import PredictionWriter
+from tasks.errors import Parser, constructor_error
 from tasks.runs import claim_folder
 
 # `best` watches the task's headline metric unless the configuration names another.
@@ -110,12 +109,22 @@ class CLI(LightningCLI):
             # A checkpoint also holds the state of the callbacks of `fit`, which other commands have no use for.
             warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be.*")
         if self.subcommand == "predict":
-            callbacks.append(PredictionWriter(self._get(self.config, "output") or claim_folder(run, "predict")))
+            output = self._get(self.config, "output")
+            if output or not any(isinstance(c, BasePredictionWriter) for c in callbacks):
+                callbacks.append(self.model.prediction_writer(output or claim_folder(run, "predict")))
         if config["logger"] in (None, True):
             kwargs["logger"] = loggers
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse lists what the constructor raised among the types that the value might have had.
+            raise ValueError(constructor_error(str(error))) from None
+
     def after_instantiate_classes(self) -> None:
+        self._check_num_classes()
         if self.subcommand == "predict" and (images := self._get(self.config_init, "images")):
             if not hasattr(self.datamodule, "predict_paths"):
                 raise ValueError(f"--images: {type(self.datamodule).__name__} has no `predict_paths` to put them in.")
@@ -124,13 +133,23 @@ class CLI(LightningCLI):
             # The checkpoint brings its own weights, and those it once started from may be gone.
             self.model.init_checkpoint = None
 
+    def _check_num_classes(self) -> None:
+        """Refuse a number of classes for the model that the data overrules."""
+        options = self._get(self.config, "model").get("init_args") or {}
+        given, used = options.get("num_classes"), getattr(self.datamodule, "num_classes", None)
+        if None not in (given, used) and given != used:
+            raise ValueError(
+                f"model.num_classes is {given}, and {type(self.datamodule).__name__} has num_classes={used}, which is "
+                "what the model is built with. Leave it out of the model's options, or change the data's."
+            )
+
     def after_fit(self) -> None:
         for saved in self.trainer.checkpoint_callbacks:
             if isinstance(saved, ModelCheckpoint) and saved.monitor and saved.best_model_score is not None:
                 rank_zero_info(f"best {saved.monitor} {saved.best_model_score:.4f}: {_relative(saved.best_model_path)}")
 
     def predict(self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any) -> None:
-        # PredictionWriter has them on disk; a large folder's need not stay in memory.
+        # The task's writer has them on disk; a large folder's need not stay in memory.
         self.trainer.predict(model, datamodule=datamodule, **kwargs | {"return_predictions": False})
 
 

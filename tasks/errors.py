@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -26,6 +26,10 @@ class Parser(LightningArgumentParser):
     jsonargparse makes a parser of this class for every `class_path` too, so the proposal comes from the keys of the
     class that was given the unknown one.
     """
+
+    def add_function_arguments(self, function: Any, *args: Any, linked_targets: Any = None, **options: Any) -> Any:
+        # jsonargparse 4.53 hands the linked arguments of a class on to functions inside it, which take none.
+        return super().add_function_arguments(function, *args, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
@@ -57,3 +61,10 @@ def explain(message: str, options: Sequence[str]) -> str:
         or [last[name] for name in get_close_matches(key, last, n=1)]
     )
     return f"unknown key `{key}`." + (f" Did you mean `{near[0]}`?" if near else " `--help` lists the keys.")
+
+
+def constructor_error(message: str) -> str:
+    """Return what the constructor of a class said, of what jsonargparse made of it; other messages stay."""
+    if "Does not validate" not in message:
+        return message
+    return explain(message, []).removeprefix("- ")

@@ -1,6 +1,5 @@
-"""What an optimizer is given: parameter groups, a learning rate for each layer, and the schedule."""
+"""What an optimizer is given: parameter groups, and a learning rate for each layer."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,17 +9,24 @@ from torch import nn
 _SAMPLING_PARTS = frozenset({"offset", "center_feature_scale"})
 
 
-def layer_lr_scales(layers: Sequence[Sequence[str]], decay: float) -> dict[str, float]:
-    """Give every backbone parameter the factor on its learning rate, as in the authors' classification code.
+def layer_lr_scales(layers: Sequence[Sequence[str]], decay: float, *, dense: bool = False) -> dict[str, float]:
+    """Give every backbone parameter the factor on its learning rate, as in the authors' code.
 
-    The last block has factor 1 and each block before it `decay` times that of its successor; the stem learns like the
-    first block. Two differences from the authors, both of them oversights there: an inner post-norm of the third stage
-    learns like the block it follows, not at the full rate, and a frozen parameter is not given to the optimizer.
+    Each block has `decay` times the factor of its successor. Their classifiers give the last block the head's rate, and
+    the stem that of the first block. Their detectors and segmentors count the head and the stem as layers of their own.
+
+    Differences from the authors, all of them oversights there: an inner post-norm of the third stage learns like the
+    block it follows (theirs: at the full rate in classifiers, like block k of the stage for the k-th of them in
+    detectors), the last norm learns like the last block (theirs, in detectors: like the first of the stage), the layers
+    of both backbones of a composite decay (theirs: none), a factor on the rate of sampling offsets reaches those of
+    Mask2Former (theirs, in segmentors: looks in the backbone, where there are none), and a frozen parameter is not
+    given to the optimizer.
 
     Args:
         layers: Parameter names from input to output: the stem, then one entry for each block
             (`Backbone.layer_groups()`).
         decay: Factor from one block to the one before it, in (0, 1]; 1 turns layer-wise rates off.
+        dense: As in detectors and segmentors.
 
     Returns:
         Parameter name -> factor, for every name in `layers`.
@@ -30,8 +36,8 @@ def layer_lr_scales(layers: Sequence[Sequence[str]], decay: float) -> dict[str, 
     """
     if not 0 < decay <= 1:
         raise ValueError(f"layer_lr_scales: layer_decay is {decay}, expected a number in (0, 1]; 1 turns it off.")
-    num_blocks = len(layers) - 1
-    return {name: decay ** (num_blocks - max(1, layer)) for layer, names in enumerate(layers) for name in names}
+    last, first = (len(layers), 0) if dense else (len(layers) - 1, 1)
+    return {name: decay ** (last - max(first, layer)) for layer, names in enumerate(layers) for name in names}
 
 
 def is_sampling_parameter(name: str) -> bool:
@@ -40,7 +46,9 @@ def is_sampling_parameter(name: str) -> bool:
 
 
 def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], lr_scale: Callable[[str], float]
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    lr_scale: Callable[[str], float],
+    undecayed: Callable[[str], bool] = lambda name: False,
 ) -> list[dict[str, Any]]:
     """Gather trainable parameters into one group for each pair of learning rate and weight decay.
 
@@ -49,32 +57,18 @@ def parameter_groups(
     Args:
         parameters: Names and parameters.
         lr_scale: Name -> factor on the base learning rate.
+        undecayed: Name -> whether a matrix gets no weight decay either.
 
     Returns:
-        Optimizer groups in order of first appearance. Beside `params` a group holds `lr_scale`, which
-        `scale_learning_rates` applies, and `weight_decay` 0 where there is none.
+        Optimizer groups in order of first appearance. Beside `params` a group holds `lr_scale`, a factor that is still
+        to be applied to its learning rate, and `weight_decay` 0 where there is none.
     """
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
-        key = (lr_scale(name), parameter.ndim > 1)
+        key = (lr_scale(name), parameter.ndim > 1 and not undecayed(name))
         if key not in groups:
             groups[key] = {"params": [], "lr_scale": key[0]} | ({} if key[1] else {"weight_decay": 0.0})
         groups[key]["params"].append(parameter)
     return list(groups.values())
-
-
-def warmup_cosine(
-    step: int, *, warmup_steps: int, total_steps: int, warmup_lr_ratio: float, min_lr_ratio: float
-) -> float:
-    """Return the learning rate before optimizer step `step` (from 0), as a fraction of the base rate.
-
-    Linear from `warmup_lr_ratio` to 1 over `warmup_steps`, then a cosine to `min_lr_ratio` at `total_steps`. As in the
-    authors' recipe (timm without a warm-up prefix) the cosine's clock starts with the warm-up, so that the rate after
-    the warm-up is a little below the base rate. After `total_steps` the rate stays at `min_lr_ratio`.
-    """
-    if step < warmup_steps:
-        return warmup_lr_ratio + (1 - warmup_lr_ratio) * step / warmup_steps
-    progress = min(1.0, step / total_steps)
-    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

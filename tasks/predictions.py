@@ -3,24 +3,36 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_pil_image
 
-from datamodules.batch import IMAGENET_MEAN, IMAGENET_STD, PredictBatch
-from tasks.classification import ClassPrediction
+from datamodules.batch import PredictBatch
+from tasks.writing import in_order, picture
 
 _SHEET_IMAGES = 32
 _SHEET_COLUMNS = 4
 # In pixels: side of an image, width of the bars beside it, height of a bar with its label, space around both.
 _SIDE, _BARS, _ROW, _GAP = 140, 170, 28, 10
 _PAPER, _INK, _BAR, _BEST_BAR = "white", "black", "#c8d4e6", "#7fa8f5"
+
+
+class ClassPrediction(TypedDict):
+    """The most probable classes of a batch, best first.
+
+    Keys:
+        path: Files, B of them.
+        probability: `(B, k)` float32.
+        label: `(B, k)` int64.
+    """
+
+    path: list[str]
+    probability: Tensor
+    label: Tensor
 
 
 class Line(TypedDict):
@@ -56,9 +68,7 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        names = getattr(pl_module, "class_names", None) or getattr(
-            getattr(trainer, "datamodule", None), "class_names", None
-        )
+        names = getattr(pl_module, "class_names", None)
         rows = zip(prediction["path"], prediction["label"].tolist(), prediction["probability"].tolist(), strict=True)
         for path, labels, probabilities in rows:
             self._lines.append(
@@ -69,10 +79,10 @@ class PredictionWriter(BasePredictionWriter):
                 }
             )
         for image in batch["image"][: max(0, _SHEET_IMAGES - len(self._images))]:
-            self._images.append(_picture(image))
+            self._images.append(picture(image))
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        lines, images = _in_order(self._lines), _in_order(self._images)
+        lines, images = in_order(self._lines), in_order(self._images)
         self._lines, self._images = [], []
         if not trainer.is_global_zero:
             return
@@ -101,18 +111,3 @@ def contact_sheet(images: Sequence[Image.Image], lines: Sequence[Line]) -> Image
             draw.rectangle((left, row, left + width, row + _ROW - 4), fill=_BAR if rank else _BEST_BAR)
             draw.text((left + 4, row + 5), f"{probability:4.0%} {label}", fill=_INK, font=font)
     return sheet
-
-
-def _picture(image: Tensor) -> Image.Image:
-    """Undo the normalisation of one `(3, H, W)` image."""
-    mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return to_pil_image((image * std + mean).float().clamp(0, 1).cpu())  # type: ignore[no-any-return]
-
-
-def _in_order(share: list[Any]) -> list[Any]:
-    """Gather what all ranks hold; rank r has every r-th item."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return share
-    shares: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(shares, share)
-    return [share[place] for place in range(len(shares[0])) for share in shares if place < len(share)]

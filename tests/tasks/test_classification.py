@@ -114,7 +114,7 @@ def test_frozen_stages_do_not_move_and_are_not_given_to_the_optimizer(tiny_task,
 def test_options_out_of_range(tiny_task):
     for options, message in (
         ({"frozen_stages": 5}, r"frozen_stages is 5, expected 0 \(train all\) to 4"),
-        ({"min_lr_ratio": 40.0}, "min_lr_ratio is 40.0, expected a share of lr"),
+        ({"warmup_lr_ratio": 40.0}, "warmup_lr_ratio is 40.0, expected a share of lr"),
         ({"label_smoothing": 2.0}, "label_smoothing is 2.0, expected 0 to 1"),
         ({"mixup_alpha": -1.0}, "mixup_alpha is -1.0, expected a positive number"),
         ({"cutmix_probability": 1.5}, "cutmix_probability is 1.5, expected 0 to 1"),
@@ -178,6 +178,7 @@ def test_head_is_injected(tiny_task):
 
 def test_compile_is_of_the_backbone_and_keeps_keys(tiny_task):
     task = tiny_task(compile=True)
+    task.trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     task.setup("fit")
     assert task.backbone._compiled_call_impl is not None
     assert task.model._compiled_call_impl is None

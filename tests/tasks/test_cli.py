@@ -59,6 +59,28 @@ def test_unknown_key_is_named_with_the_one_it_was_meant_to_be(words, key, propos
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize("recipe", ["imagenet1k/internimage_t_224", "coco/internimage_t_dino_1x"])
+def test_a_recipe_whose_backbone_is_a_function_can_be_changed(recipe, capsys):
+    path = Path(EXPERIMENT).parents[1] / f"{recipe}.yaml"
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", str(path), "--model.warmup_steps=3", "--model.optimizer.lr=0.5", "--print_config"])
+    output = capsys.readouterr()
+    assert not stop.value.code, output.err
+    options = yaml.safe_load(output.out)["model"]["init_args"]
+    assert (options["warmup_steps"], options["optimizer"]["init_args"]["lr"]) == (3, 0.5)
+    assert options["backbone"]["init_args"]["drop_path_rate"] > 0  # not lost on the way
+
+
+def test_a_number_of_classes_that_the_data_overrules_is_refused():
+    with pytest.raises(ValueError, match=r"model\.num_classes is 5, and SyntheticClassification has num_classes=4"):
+        fit("--model.init_args.num_classes=5")
+
+
+def test_the_words_of_a_constructor_come_first():
+    with pytest.raises(ValueError, match=r"^SyntheticClassification: num_classes=0, expected at least 1"):
+        fit("--data.num_classes=0")
+
+
 def test_wrong_value_is_named(capsys):
     with pytest.raises(SystemExit):
         fit("--model.label_smoothing=much")

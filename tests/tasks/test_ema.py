@@ -90,6 +90,16 @@ def test_average_has_one_update_for_each_optimizer_step(tmp_path, accumulate):
     assert ema.average["norm.num_batches_tracked"] == 6
 
 
+def test_ramp_forgets_the_first_weights_sooner(tmp_path):
+    ema, recorder = EMA(DECAY, ramp_steps=4), Recorder()
+    fit(Net(), tmp_path, ema, recorder)
+    expected = recorder.weights[0]
+    for step, weights in enumerate(recorder.weights[1:], start=1):
+        new = (1 - DECAY) + DECAY * 2.718281828459045 ** (-step / 4)
+        expected = (1 - new) * expected + new * weights
+    torch.testing.assert_close(ema.average["linear.weight"].double(), expected, rtol=0, atol=1e-6)
+
+
 def test_average_stays_float32_where_the_weights_are_bfloat16(tmp_path):
     net, ema, recorder = Net(torch.bfloat16), EMA(DECAY), Recorder()
     fit(net, tmp_path, ema, recorder, precision="bf16-true", limit_val_batches=1, check_val_every_n_epoch=1)
@@ -139,6 +149,8 @@ def test_average_starts_from_a_checkpoint_without_one(tmp_path):
     torch.testing.assert_close(ema.average["linear.weight"].double(), average(recorder.weights[6:]), rtol=0, atol=1e-6)
 
 
-def test_decay_out_of_range():
+def test_arguments_out_of_range():
     with pytest.raises(ValueError, match=r"decay is 1.0, expected a number in \[0, 1\)"):
         EMA(1.0)
+    with pytest.raises(ValueError, match="ramp_steps is -1, expected a number of steps"):
+        EMA(0.9, ramp_steps=-1)

@@ -12,7 +12,8 @@ import internimage
 from internimage import ClipProjectorHead, ConvHead
 from internimage.keys import ours_to_official
 from tasks import Classification
-from tasks.optim import layer_lr_scales, parameter_groups, warmup_cosine
+from tasks.optim import layer_lr_scales, parameter_groups
+from tasks.schedules import Cosine, with_warmup
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "optim"
 
@@ -25,8 +26,12 @@ def test_schedule_is_timms_cosine_without_a_warmup_prefix():
     )
     for step in range(60):
         timm.step_update(step)
-        ours = base * warmup_cosine(
-            step, warmup_steps=7, total_steps=50, warmup_lr_ratio=warmup / base, min_lr_ratio=floor / base
+        ours = base * with_warmup(
+            step,
+            schedule=Cosine(min_lr_ratio=floor / base),
+            warmup_steps=7,
+            total_steps=50,
+            warmup_lr_ratio=warmup / base,
         )
         # Both are float64; the factors are multiplied in another order.
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
