@@ -1,7 +1,7 @@
 """Which sample comes when: order, sharding over ranks, and a place to resume from.
 
-The order of an epoch is a function of (seed, epoch, number of samples) alone. Rank r of W takes every W-th sample, so
-that step k of the run sees the same images for every W with the same global batch.
+The order of an epoch (`datamodules.orders`) is a function of (seed, epoch, the data, the global batch) alone. Rank r of
+W takes every W-th sample, so that step k of the run sees the same images for every W with the same global batch.
 
 Both samplers derive from torch's DistributedSampler because Lightning leaves such a sampler alone, whatever
 `Trainer(use_distributed_sampler=...)` says. Any other would be wrapped: the wrapper pads the last shard with samples
@@ -9,12 +9,14 @@ that would then be evaluated twice.
 """
 
 from collections.abc import Iterator
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
+
+from datamodules.orders import Order, Shuffled
 
 # (epoch, index). The epoch travels with the index since a persistent worker process never learns of it otherwise.
 SampleKey = tuple[int, int]
@@ -24,7 +26,7 @@ ORDER, SAMPLE, REPLACEMENT = 0, 1, 2
 
 
 class TrainSampler(DistributedSampler[SampleKey]):
-    """Yield this rank's `(epoch, index)` pairs, shuffled anew each epoch.
+    """Yield this rank's `(epoch, index)` pairs, in an order drawn anew each epoch.
 
     There are whole batches only, equally many on each rank. One iteration is as long as an epoch. It starts at `place`,
     so it may run into the next epoch.
@@ -35,6 +37,7 @@ class TrainSampler(DistributedSampler[SampleKey]):
         num_replicas: Number of ranks.
         rank: This rank.
         seed: Of the order.
+        order: Of the samples; each once and shuffled, unless it says otherwise.
 
     Attributes:
         place: Epoch and number of its samples, over all ranks, that are behind. None: the start of the epoch that
@@ -42,10 +45,17 @@ class TrainSampler(DistributedSampler[SampleKey]):
     """
 
     def __init__(
-        self, dataset: Dataset[Any], batch_size: int, num_replicas: int = 1, rank: int = 0, seed: int = 0
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        order: Order | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, seed=seed, drop_last=True)
-        self.size = len(dataset)  # type: ignore[arg-type]  # Dataset declares no __len__
+        self.order = Shuffled(len(dataset)) if order is None else order  # type: ignore[arg-type]  # Dataset declares no __len__
+        self.size = len(self.order)
         self.global_batch = batch_size * num_replicas
         self.num_batches = self.size // self.global_batch
         self.num_samples = self.num_batches * batch_size
@@ -55,7 +65,7 @@ class TrainSampler(DistributedSampler[SampleKey]):
         epoch, start = self.place or (self.epoch, 0)
         left = self.num_batches
         while left > 0:
-            order = np.random.default_rng((ORDER, self.seed, epoch)).permutation(self.size)
+            order = self.order.indices(np.random.default_rng((ORDER, self.seed, epoch)), self.global_batch)
             count = min(left, (self.size - start) // self.global_batch)
             block = order[start : start + count * self.global_batch]
             for index in block[self.rank :: self.num_replicas]:
@@ -94,7 +104,8 @@ class LoaderState(TypedDict):
     epoch: int
     samples: int  # of this epoch, over all ranks, that the trainer has had
     seed: int
-    size: int  # of the data set
+    size: int  # of an epoch
+    order: NotRequired[str]  # as `Order.describe` has it; absent where shuffled
 
 
 class TrainLoader(DataLoader[Any]):
@@ -121,7 +132,10 @@ class TrainLoader(DataLoader[Any]):
         if not isinstance(sampler, TrainSampler) or sampler.place is None:
             return {}
         epoch, samples = sampler.place
-        return {"epoch": epoch, "samples": samples, "seed": sampler.seed, "size": sampler.size}
+        state = LoaderState(epoch=epoch, samples=samples, seed=sampler.seed, size=sampler.size)
+        if order := sampler.order.describe(sampler.global_batch):
+            state["order"] = order
+        return state
 
     def load_state_dict(self, state: LoaderState) -> None:
         """Continue at the place that `state` names.
@@ -132,13 +146,21 @@ class TrainLoader(DataLoader[Any]):
         sampler = self.sampler
         if not isinstance(sampler, TrainSampler) or not state:
             return
-        if state["samples"] and (state["seed"], state["size"]) != (sampler.seed, sampler.size):
+        order, mine = state.get("order", ""), sampler.order.describe(sampler.global_batch)
+        if not state["samples"] or (state["seed"], state["size"], order) == (sampler.seed, sampler.size, mine):
+            sampler.move(state["epoch"], state["samples"])
+            return
+        place = f"TrainLoader: the checkpoint stands at sample {state['samples']} of epoch {state['epoch']} of "
+        if order == mine:
             raise ValueError(
-                f"TrainLoader: the checkpoint stands at sample {state['samples']} of epoch {state['epoch']} of "
-                f"{state['size']} samples shuffled with seed {state['seed']}; this run has {sampler.size} samples and "
-                f"seed {sampler.seed}. Resume with the same data and seed, or start a new run from the weights."
+                f"{place}{state['size']} samples shuffled with seed {state['seed']}; this run has {sampler.size} "
+                f"samples and seed {sampler.seed}. Resume with the same data and seed, or start a new run from the "
+                "weights."
             )
-        sampler.move(state["epoch"], state["samples"])
+        raise ValueError(
+            f"{place}an epoch in the order ({order or 'shuffled'}); this run has ({mine or 'shuffled'}). Resume with "
+            "the same settings and global batch, from the end of an epoch, or start a new run from the weights."
+        )
 
 
 def loader_generator() -> torch.Generator:
