@@ -1,0 +1,1 @@
+"""Detection and instance segmentation: annotated images in, batches of images and objects out."""
