@@ -7,6 +7,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -59,3 +60,16 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             stacklevel=1,
         )
         return _BatchNorm.forward(self, x)
+
+
+def mean_counts(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Return the mean of each count over all processes of a run: what sums of losses are divided by.
+
+    Gradients are averaged over processes, so that the sum of all over the count of all remains: processes of few images
+    train like one of many, wherever the objects are. A count of nothing becomes one object in all.
+    """
+    total = torch.tensor(counts, dtype=torch.float32, device=device)
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return total.clamp(min=1)
+    distributed.all_reduce(total)
+    return total.clamp(min=1) / distributed.get_world_size()

@@ -26,6 +26,8 @@ class CascadeRCNN(RCNN):
         box_loss: On matched proposals.
         num_convs: Convolutions of a box head, each with synchronised batch norm.
         num_fcs: Linear layers of a box head.
+        channels: Of the pyramid and of everything that is pooled from it.
+        hidden_dim: Width of a box head's linear layers.
         rpn_samples: Anchors per image in the loss.
         roi_samples: Proposals per image in the loss.
         score: Smallest score of a detection.
@@ -42,6 +44,8 @@ class CascadeRCNN(RCNN):
         box_loss: BoxLoss = delta_smooth_l1,
         num_convs: int = 0,
         num_fcs: int = 2,
+        channels: int = 256,
+        hidden_dim: int = 1024,
         rpn_samples: int = 256,
         roi_samples: int = 512,
         score: float = 0.05,
@@ -53,6 +57,7 @@ class CascadeRCNN(RCNN):
             backbone,
             RPN(
                 (*strides, 2 * strides[-1]),
+                channels,
                 train_limits=ProposalLimits(per_level=2000, per_image=2000),
                 box_loss=proposal_smooth_l1,
                 inside_only=True,
@@ -66,11 +71,14 @@ class CascadeRCNN(RCNN):
                 masks=masks,
                 num_convs=num_convs,
                 num_fcs=num_fcs,
+                channels=channels,
+                hidden_dim=hidden_dim,
                 num_samples=roi_samples,
                 score=score,
                 nms=nms,
                 limit=limit,
             ),
+            channels=channels,
         )
 
 
@@ -80,6 +88,8 @@ class CascadeMaskRCNN(CascadeRCNN):
     Args:
         backbone: Any backbone.
         num_classes: Length of the class logits without the background.
+        channels: Of the pyramid and of everything that is pooled from it.
+        hidden_dim: Width of a box head's linear layers.
         rpn_samples: Anchors per image in the loss.
         roi_samples: Proposals per image in the loss.
         score: Smallest score of a detection.
@@ -92,6 +102,8 @@ class CascadeMaskRCNN(CascadeRCNN):
         backbone: Backbone,
         num_classes: int,
         *,
+        channels: int = 256,
+        hidden_dim: int = 1024,
         rpn_samples: int = 256,
         roi_samples: int = 512,
         score: float = 0.05,
@@ -105,6 +117,8 @@ class CascadeMaskRCNN(CascadeRCNN):
             box_loss=decoded_giou,
             num_convs=4,
             num_fcs=1,
+            channels=channels,
+            hidden_dim=hidden_dim,
             rpn_samples=rpn_samples,
             roi_samples=roi_samples,
             score=score,

@@ -10,11 +10,12 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, distributed
+from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
 from datamodules.batch import DetectionTarget
 from tasks.detection.dino_transformer import Prediction
+from tasks.layers import mean_counts
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 # Of the class, the box's L1 distance and its GIoU: in the cost of a pair and in the loss.
@@ -145,10 +146,8 @@ def dino_losses(
     matching = [Prediction(layer.logits[:, num_denoising:], layer.boxes[:, num_denoising:]) for layer in layers]
     num_queries = proposals.boxes.shape[1]
     num_objects = [len(one.labels) for one in truth]
-    counts = proposals.boxes.new_tensor(
-        [sum(min(number, num_queries) for number in num_objects), num_groups * sum(num_objects)], dtype=torch.float32
-    )
-    matched, denoised = mean_over_processes(counts).clamp(min=1)
+    num_matched = sum(min(number, num_queries) for number in num_objects)
+    matched, denoised = mean_counts([num_matched, num_groups * sum(num_objects)], proposals.boxes.device)
     names = ["proposal", *(f"layer{number}" for number in range(len(layers)))]
     predictions = [proposals, *matching]
     pairs = match(predictions, truth)
@@ -160,12 +159,3 @@ def dino_losses(
     for number, prediction in enumerate(denoising):
         losses.append((f"denoising{number}", set_loss(prediction, truth, made_of, denoised)))
     return dict(chain.from_iterable([(f"{name}_{what}", loss) for what, loss in one.items()] for name, one in losses))
-
-
-def mean_over_processes(x: Tensor) -> Tensor:
-    """Return the mean over all processes of a run; `x` where there is one."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return x
-    total = x.clone()
-    distributed.all_reduce(total)
-    return total / distributed.get_world_size()

@@ -14,15 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tasks.detection.dino_layers import (
-    DecoderLayer,
-    DeformableAttention,
-    EncoderLayer,
-    SelfAttention,
-    inverse_sigmoid,
-    mlp,
-    sine_code,
-)
+from tasks.attention import DeformableAttention, EncoderLayer, SelfAttention
+from tasks.detection.dino_layers import DecoderLayer, inverse_sigmoid, mlp, sine_code
 
 # Wavelengths of the position codes reach 2 pi times this.
 IMAGE_TEMPERATURE, BOX_TEMPERATURE = 20.0, 10000.0

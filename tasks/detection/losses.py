@@ -47,6 +47,6 @@ def class_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def mask_cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
-    """Mean binary cross entropy of `(N, h, w)` logits against masks of 0 and 1; 0 without boxes."""
+    """Binary cross entropy of `(N, h, w)` logits against masks of 0 and 1, a mean over each mask; 0 without boxes."""
     total = F.binary_cross_entropy_with_logits(logits.float(), truth.float(), reduction="sum")
-    return total / max(logits.numel(), 1)
+    return total / max(logits.shape[-2] * logits.shape[-1], 1)

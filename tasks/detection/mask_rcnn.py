@@ -76,6 +76,8 @@ class MaskRCNN(RCNN):
         backbone: Any backbone.
         num_classes: Length of the class logits without the background.
         masks: Predict masks; without them it is Faster R-CNN.
+        channels: Of the pyramid and of everything that is pooled from it.
+        hidden_dim: Width of the box head's linear layers.
         rpn_samples: Anchors per image in the loss.
         roi_samples: Proposals per image in the loss.
         score: Smallest score of a detection.
@@ -89,6 +91,8 @@ class MaskRCNN(RCNN):
         num_classes: int,
         *,
         masks: bool = True,
+        channels: int = 256,
+        hidden_dim: int = 1024,
         rpn_samples: int = 256,
         roi_samples: int = 512,
         score: float = 0.05,
@@ -98,15 +102,18 @@ class MaskRCNN(RCNN):
         strides = backbone.strides
         super().__init__(
             backbone,
-            RPN((*strides, 2 * strides[-1]), num_samples=rpn_samples),
+            RPN((*strides, 2 * strides[-1]), channels, num_samples=rpn_samples),
             RoIHeads(
                 num_classes,
                 strides,
                 [BoxStage(MaxIoUMatcher(0.5, 0.5, low_quality=0.5))],
                 masks=masks,
+                channels=channels,
+                hidden_dim=hidden_dim,
                 num_samples=roi_samples,
                 score=score,
                 nms=nms,
                 limit=limit,
             ),
+            channels=channels,
         )

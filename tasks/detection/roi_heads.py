@@ -17,7 +17,7 @@ from tasks.detection.boxes import DeltaCoder, best_after_nms
 from tasks.detection.losses import BoxLoss, class_cross_entropy, delta_l1, mask_cross_entropy
 from tasks.detection.matching import MaxIoUMatcher, RandomSampler
 from tasks.detection.postprocess import MASK_THRESHOLD, Detections
-from tasks.layers import SyncBatchNorm
+from tasks.layers import SyncBatchNorm, mean_counts
 
 # A box of this side (in pixels) or twice it is pooled from the finest level, and so on by powers of 2.
 FINEST_SCALE = 56
@@ -48,16 +48,16 @@ class BoxHead(nn.Module):
         channels: C.
         num_convs: 3x3 convolutions with synchronised batch norm.
         num_fcs: Linear layers.
-        hidden: Width of the linear layers.
+        hidden_dim: Width of the linear layers.
     """
 
     def __init__(
-        self, num_classes: int, channels: int = 256, *, num_convs: int = 0, num_fcs: int = 2, hidden: int = 1024
+        self, num_classes: int, channels: int = 256, *, num_convs: int = 0, num_fcs: int = 2, hidden_dim: int = 1024
     ) -> None:
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(num_convs))
         self.norms = nn.ModuleList(SyncBatchNorm(channels) for _ in range(num_convs))
-        widths = [channels * BOX_POOL**2] + [hidden] * num_fcs
+        widths = [channels * BOX_POOL**2] + [hidden_dim] * num_fcs
         self.fcs = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
         self.classes = nn.Linear(widths[-1], num_classes + 1)
         self.deltas = nn.Linear(widths[-1], 4 * num_classes)
@@ -143,6 +143,7 @@ class RoIHeads(nn.Module):
         channels: C.
         num_convs: Convolutions of a box head.
         num_fcs: Linear layers of a box head.
+        hidden_dim: Width of the linear layers.
         num_samples: Boxes per image in the loss, a quarter of them matched at most.
         score: Smallest score of a detection.
         nms: IoU of non-maximum suppression, class by class.
@@ -160,6 +161,7 @@ class RoIHeads(nn.Module):
         channels: int = 256,
         num_convs: int = 0,
         num_fcs: int = 2,
+        hidden_dim: int = 1024,
         num_samples: int = 512,
         score: float = 0.05,
         nms: float = 0.5,
@@ -175,12 +177,12 @@ class RoIHeads(nn.Module):
         self.limit = limit
         self.sampler = RandomSampler(num_samples, 0.25)
         self.box_heads = nn.ModuleList(
-            BoxHead(num_classes, channels, num_convs=num_convs, num_fcs=num_fcs) for _ in stages
+            BoxHead(num_classes, channels, num_convs=num_convs, num_fcs=num_fcs, hidden_dim=hidden_dim) for _ in stages
         )
         self.mask_heads = nn.ModuleList(MaskHead(num_classes, channels) for _ in stages if masks)
 
     def pool(self, levels: Sequence[Tensor], boxes: Sequence[Tensor], side: int) -> Tensor:
-        """Crop each image's boxes `(N, 4)` from the level that fits their size: `(R, C, side, side)`, float32."""
+        """Crop each image's boxes `(N, 4)` from the level that fits their size: `(R, C, side, side)`."""
         every = torch.cat(list(boxes)).float()
         image = torch.cat([box.new_full((len(box), 1), number) for number, box in enumerate(boxes)]).float()
         rois = torch.cat([image, every], 1)
@@ -189,10 +191,10 @@ class RoIHeads(nn.Module):
         pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], side, side, dtype=torch.float32)
         for number, (feature, stride) in enumerate(zip(levels, self.strides, strict=True)):
             index = torch.where(level == number)[0]
-            # Half precision has no kernel on CPUs.
+            # In float32: half precision has no kernel on CPUs, and coordinates need more digits.
             crops = roi_align(feature.float(), rois[index], side, 1 / stride, 0, aligned=True)
             pooled = pooled.index_put((index,), crops)
-        return pooled
+        return pooled.to(levels[0].dtype)
 
     def refine(
         self, stage: int, boxes: Sequence[Tensor], label: Tensor, deltas: Tensor, sizes: Sequence[tuple[int, int]]
@@ -252,12 +254,14 @@ class RoIHeads(nn.Module):
             boxes = [image.boxes for image in sampled]
             label = torch.cat([image.label for image in sampled])
             logits, deltas = head(self.pool(levels, boxes, BOX_POOL))
+            # The authors divide by the counts of the process; see `mean_counts`.
+            count, matched = mean_counts([len(label), int((label < self.num_classes).sum())], label.device)
             found = {
-                "class": class_cross_entropy(logits, label) / max(len(label), 1),
-                "box": self._box_loss(stage, sampled, deltas, target) / max(len(label), 1),
+                "class": class_cross_entropy(logits, label) / count,
+                "box": self._box_loss(stage, sampled, deltas, target) / count,
             }
             if self.mask_heads:
-                found["mask"] = self._mask_loss(self.mask_heads[number], levels, sampled, target)
+                found["mask"] = self._mask_loss(self.mask_heads[number], levels, sampled, target) / matched
             prefix = f"stage{number}_" if len(self.stages) > 1 else ""
             losses |= {prefix + name: stage.weight * loss for name, loss in found.items()}
             if number + 1 < len(self.stages):

@@ -16,6 +16,7 @@ from tasks.detection.anchors import Anchors
 from tasks.detection.boxes import DeltaCoder, best_after_nms
 from tasks.detection.losses import BoxLoss, delta_l1
 from tasks.detection.matching import NEGATIVE, MaxIoUMatcher, RandomSampler
+from tasks.layers import mean_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,7 @@ class RPN(nn.Module):
         sizes: Sequence[tuple[int, int]],
         target: Sequence[DetectionTarget],
     ) -> dict[str, Tensor]:
-        """Return `rpn_class` and `rpn_box`, both over the number of sampled anchors of the batch.
+        """Return `rpn_class` and `rpn_box`, both over the number of sampled anchors of the batch (`mean_counts`).
 
         The authors' framework counts one matched anchor where an image has none; here the count is the true one.
 
@@ -176,5 +177,6 @@ class RPN(nn.Module):
                 self.box_loss(self.coder, anchor[positive], code[index[positive]], boxes[match[positive]])
             )
             count += len(sampled)
-        count = max(count, 1)
-        return {"rpn_class": torch.stack(class_losses).sum() / count, "rpn_box": torch.stack(box_losses).sum() / count}
+        (number,) = mean_counts([count], anchors.device)
+        sums = {"rpn_class": torch.stack(class_losses).sum(), "rpn_box": torch.stack(box_losses).sum()}
+        return {name: total / number for name, total in sums.items()}

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 
 from internimage import internimage_debug
 from internimage.init import materialise
+from tasks.attention import FFN, ChunkedFFN
 from tasks.detection import dino_denoising
 from tasks.detection.dino import DINO
 from tasks.detection.dino_denoising import Denoising
-from tasks.detection.dino_layers import FFN, ChunkedFFN, inverse_sigmoid
+from tasks.detection.dino_layers import inverse_sigmoid
 from tasks.detection.dino_losses import Truth, match, pair_costs
 from tasks.detection.dino_transformer import Prediction
 
