@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from internimage.config import DEEP_STAGE, InternImageConfig
+from internimage.detectors import detector_of
 from internimage.hub import locate
 from internimage.keys import official_to_ours, ours_to_official
 from internimage.layouts import Layout, Shape, find_layout, shape_of
+from internimage.segmentors import segmentor_of
 from internimage.variants import CONFIGS
 from internimage.weight_files import CheckpointError, WeightFile, read_weights, write_weights
 
 
 def inspect(source: str | Path, *, ema: bool | None = None) -> str:
-    """Describe a weight file: its container, key names, variant, classes, types, and what else is in it."""
+    """Describe a weight file: its container, keys, variant, detector or segmentor, classes, types, and the rest."""
     file = read_weights(locate(source), ema=ema)
     layout = find_layout(file)
     names = [*layout.backbone.values(), *layout.head.values()]
@@ -26,6 +28,8 @@ def inspect(source: str | Path, *, ema: bool | None = None) -> str:
         "entry": file.container or "none, a plain state dict",
         "keys": f"{layout.naming}, prefix {layout.prefix!r}",
         "variant": str(shape_of(layout, file)),
+        "detector": str(detector_of(layout, file) or "none"),
+        "segmentor": str(segmentor_of(layout, file) or "none"),
         "head": f"{file.tensors[classes].shape[0]} classes" if classes else "none",
         "tensors": f"{len(tensors)}, {sum(tensor.numel() for tensor in tensors):,} values, "
         + ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
@@ -94,7 +98,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if name != "inspect":
             command.add_argument("target", help="ends in .pth or .safetensors")
         if name == "export":
-            command.add_argument("--dense", action="store_true", help="as in detectors: `backbone.` in front, no head")
+            command.add_argument(
+                "--dense", action="store_true", help="as in detectors and segmentors: `backbone.` in front, no head"
+            )
         command.add_argument(
             "--ema", action=argparse.BooleanOptionalAction, help="the averaged weights; --no-ema: as trained"
         )

@@ -2,19 +2,22 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from internimage.config import NUM_STAGES, InternImageConfig
 from internimage.keys import head_keys, ours_to_official
 from internimage.variants import CONFIGS
-from internimage.weight_files import CheckpointError, WeightFile
+from internimage.weight_files import HOOK_PREFIX, CheckpointError, WeightFile
 
 Naming = Literal["authors", "transformers", "ours"]
 
 # The first convolution: wherever it stands, the backbone stands.
 _ANCHORS: dict[Naming, str] = {"authors": "patch_embed.conv1.weight", "ours": "stem.conv1.weight"}
 _TRANSFORMERS_SCALE = re.compile(r"\blayer_scale([12])$")
+# A backbone in a larger model: the only one, or the first of a composite, in the authors' names or in ours.
+_BACKBONE = re.compile(r"\bbackbone\.((cb_modules\.0|assist)\.)?$")
 _BLOCK = re.compile(r"(?:levels|stages)\.(\d+)\.blocks\.(\d+)\.")
 
 
@@ -28,6 +31,7 @@ class Layout:
         backbone: Key relative to the backbone, without the renames of the ports -> key in the file.
         head: Key relative to the classifier (authors) or to its head (ours) -> key in the file. Empty without one.
         others: Other parts, for example `neck.*` -> number of tensors.
+        names: Every key, without what wrappers put in front or inside -> key in the file.
     """
 
     naming: Naming
@@ -35,6 +39,22 @@ class Layout:
     backbone: dict[str, str]
     head: dict[str, str]
     others: dict[str, int]
+    names: dict[str, str]
+
+    @property
+    def root(self) -> str:
+        """What stands in front of the keys of the model that the backbone is part of."""
+        return _BACKBONE.sub("", self.prefix)
+
+    @property
+    def num_backbones(self) -> int:
+        """2 in a composite, whose first backbone this layout describes."""
+        return 2 if self.prefix != self.root and self.prefix != f"{self.root}backbone." else 1
+
+    def model_keys(self) -> dict[str, str]:
+        """Return the key in the model that the backbone is part of -> key in the file, without an average's copies."""
+        inside = {key.removeprefix(self.root): name for key, name in self.names.items() if key.startswith(self.root)}
+        return {key: name for key, name in inside.items() if not key.startswith(HOOK_PREFIX)}
 
     def official_keys(self, config: InternImageConfig) -> tuple[dict[str, str], dict[str, str]]:
         """Return the authors' key -> key in the file, of the backbone and of the head."""
@@ -80,6 +100,11 @@ def find_layout(file: WeightFile) -> Layout:
     """
     # DistributedDataParallel wraps the model, torch.compile any part of it.
     names = {key.removeprefix("module.").replace("_orig_mod.", ""): key for key in file.tensors}
+    if len(names) < len(file.tensors):
+        twice = next(key for key in file.tensors if key not in names.values())
+        raise CheckpointError(
+            f"{file.path} has {twice} twice, with and without the prefix of a wrapper. Save one of them."
+        )
     found = [
         (naming, name.removesuffix(anchor))
         for name in names
@@ -114,13 +139,16 @@ def find_layout(file: WeightFile) -> Layout:
             naming = "transformers"
             inside = {_TRANSFORMERS_SCALE.sub(r"gamma\1", name): key for name, key in inside.items()}
     used = {*inside.values(), *head.values()}
-    # OpenMMLab's averaging hook keeps its second copy as flat buffers, `ema_backbone_levels_0_...`.
-    others = Counter(
-        "ema_*" if name.startswith("ema_") else f"{name.partition('.')[0]}.*"
-        for name, key in names.items()
-        if key not in used
+    others = count_parts(name for name, key in names.items() if key not in used)
+    return Layout(naming=naming, prefix=prefix, backbone=inside, head=head, others=others, names=names)
+
+
+def count_parts(names: Iterable[str]) -> dict[str, int]:
+    """Count keys by what they start with, for example `neck.*`."""
+    # The copies of OpenMMLab's averaging hook are flat, `ema_backbone_levels_0_...`.
+    return dict(
+        Counter(f"{HOOK_PREFIX}*" if name.startswith(HOOK_PREFIX) else f"{name.partition('.')[0]}.*" for name in names)
     )
-    return Layout(naming=naming, prefix=prefix, backbone=inside, head=head, others=dict(others))
 
 
 def shape_of(layout: Layout, file: WeightFile) -> Shape:

@@ -9,10 +9,10 @@ import json
 import pickle
 import re
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ CONTAINERS = ("model", "module", "state_dict")
 EMA_CONTAINERS = ("model_ema", "state_dict_ema")
 # Lightning's WeightAveraging callback puts the averaged weights into `state_dict` and the raw ones here.
 RAW_CONTAINER = "current_model_state"
+# OpenMMLab's averaging hook keeps a second copy of each tensor in the same entry, under its key with `_` for `.`.
+HOOK_PREFIX = "ema_"
 
 
 class CheckpointError(ValueError):
@@ -67,12 +69,14 @@ class WeightFile:
         container: The entry that the tensors were taken from; empty when the file is a plain state dict.
         tensors: Key to tensor; memory-mapped where possible, so they must not be written to.
         skipped: What else the file holds, and why it is not used.
+        copies: Key in `tensors` -> key in the file, where the tensor is a second copy that has a key of its own.
     """
 
     path: Path
     container: str
     tensors: dict[str, Tensor]
     skipped: dict[str, str]
+    copies: dict[str, str] = field(default_factory=dict)
 
 
 def read_weights(path: str | Path, *, ema: bool | None = None) -> WeightFile:
@@ -81,10 +85,14 @@ def read_weights(path: str | Path, *, ema: bool | None = None) -> WeightFile:
     Args:
         path: File or folder.
         ema: `True` takes the exponential moving average, `False` the weights as trained. `None` takes the file's main
-            weights: as trained in the authors' files, the average in Lightning checkpoints that were trained with one.
+            weights: as trained in the authors' classifiers, the average in Lightning checkpoints that were trained
+            with one, and the plain keys in files of OpenMMLab's averaging hook. That hook swaps the two copies before
+            it saves, so that the plain keys are the average and the `ema_` buffers the weights as trained; where the
+            counts of the batch norms show the opposite, they are taken so.
 
     Raises:
-        CheckpointError: The file is missing, damaged, wants to run code, holds no weights, or lacks the average.
+        CheckpointError: The file is missing, damaged, wants to run code, holds no weights, or lacks the average; or an
+            `ema_` buffer was asked for and belongs to no key or to two.
     """
     path = Path(path)
     if path.is_dir():
@@ -197,24 +205,66 @@ def _pick(path: Path, loaded: object, ema: bool | None) -> WeightFile:
     if RAW_CONTAINER in sets and main is not None:
         averaged = main
         main = RAW_CONTAINER if ema is False else main
-    if ema:
-        if averaged is None:
-            raise CheckpointError(
-                f"{path}: ema=True, but {_names(loaded)} has none of {', '.join(EMA_CONTAINERS)}. Use ema=None."
-            )
-        main = averaged
+    main = averaged if ema and averaged is not None else main
     if main is None:
         plain = _tensors(loaded)
         if not plain:
             raise CheckpointError(
                 f"{path} holds no weights: expected one of {', '.join(CONTAINERS)} in {_names(loaded)}."
             )
-        return WeightFile(path=path, container="", tensors=plain, skipped=_others(loaded, plain))
-    tensors = _tensors(sets[main])
-    skipped = {
-        str(name): "another set of weights" if name in sets else "not weights" for name in loaded if name != main
-    }
-    return WeightFile(path=path, container=main, tensors=tensors, skipped=skipped | _others(sets[main], tensors))
+        file = WeightFile(path=path, container="", tensors=plain, skipped=_others(loaded, plain))
+    else:
+        tensors = _tensors(sets[main])
+        skipped = {
+            str(name): "another set of weights" if name in sets else "not weights" for name in loaded if name != main
+        }
+        skipped |= _others(sets[main], tensors)
+        file = WeightFile(path=path, container=main, tensors=tensors, skipped=skipped)
+    if ema is None or averaged is not None:
+        return file
+    if any(_is_copy(key) for key in file.tensors):
+        return _choose_copies(file, ema)
+    if ema:
+        raise CheckpointError(
+            f"{path}: ema=True, but {_names(loaded)} has none of {', '.join(EMA_CONTAINERS)}, and no key starts with "
+            f"{HOOK_PREFIX}. Use ema=None."
+        )
+    return file
+
+
+def _choose_copies(file: WeightFile, ema: bool) -> WeightFile:
+    """Choose between plain keys and the buffers of OpenMMLab's averaging hook."""
+    buffers = {_bare(key): key for key in file.tensors if _is_copy(key)}
+    plain = {key: tensor for key, tensor in file.tensors.items() if not _is_copy(key)}
+    copies: dict[str, str] = {}
+    for key in plain:
+        if buffer := buffers.get(HOOK_PREFIX + _bare(key).replace(".", "_")):
+            copies[key] = buffer
+    shared = [buffer for buffer, count in Counter(copies.values()).items() if count > 1]
+    if shared:
+        owners = " and ".join(key for key, buffer in copies.items() if buffer == shared[0])
+        raise CheckpointError(f"{file.path}: {shared[0]} may be the copy of {owners}. Use ema=None for the plain keys.")
+    if lost := sorted(set(buffers.values()) - set(copies.values())):
+        raise CheckpointError(
+            f"{file.path}: {lost[0]} (and {len(lost) - 1} more) is a copy of no key of the file. Use ema=None."
+        )
+    # The average does not count batches.
+    counts = [key for key in copies if key.endswith("num_batches_tracked")]
+    swapped = sum(int(file.tensors[key]) - int(file.tensors[copies[key]]) for key in counts) <= 0
+    if swapped == ema:
+        skipped = {f"{HOOK_PREFIX}*": f"another set of weights, {len(buffers)} tensors"}
+        return replace(file, tensors=plain, skipped=file.skipped | skipped)
+    chosen = {key: file.tensors[copies.get(key, key)] for key in plain}
+    skipped = {f"plain keys of {HOOK_PREFIX}*": f"another set of weights, {len(copies)} tensors"}
+    return replace(file, tensors=chosen, skipped=file.skipped | skipped, copies=copies)
+
+
+def _bare(key: str) -> str:
+    return key.removeprefix("module.")
+
+
+def _is_copy(key: str) -> bool:
+    return _bare(key).startswith(HOOK_PREFIX) and "." not in _bare(key)
 
 
 def _tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
