@@ -114,6 +114,25 @@ def model_table(records: list[Record]) -> str:
     return table(head, rows)
 
 
+def evaluation_table(records: list[Record]) -> str:
+    head = ["average precision of", "images", "detections each", "classes", "seconds", "torchmetrics", "difference"]
+    rows = []
+    for r in records:
+        seconds = f"{sum(r['seconds']['ours'].values()):.2f}"
+        counts = [str(r[key]) for key in ("images", "detections", "classes")]
+        rows.append([r["shape"], *counts, seconds, times(r["ratio"]["torchmetrics"]), f"{r['largest_difference']:.0e}"])
+    return table(head, rows)
+
+
+def step_table(records: list[Record]) -> str:
+    parts = list(dict.fromkeys(part for r in records for part in r["ms"]))
+    rows = []
+    for part in parts:
+        cells = [f"{r['ms'][part]:.0f} ms, {r['share'][part]:.0%}" if part in r["ms"] else "-" for r in records]
+        rows.append([part, *cells])
+    return table(["part", *(f"{r['model']} {'x'.join(map(str, r['size']))}" for r in records)], rows)
+
+
 def roofline_table(records: list[Record]) -> str:
     head = ["threads", "multiply-add GFLOP/s", "L1 GB/s", "L2 GB/s", "L3 GB/s", "copy GB/s"]
     rows = [[str(r["threads"]), *(f"{r[k]:.0f}" for k in ("multiply_add", "l1", "l2", "l3", "copy"))] for r in records]
@@ -122,7 +141,7 @@ def roofline_table(records: list[Record]) -> str:
 
 def operator_is(dtype: str, direction: str, shapes: str) -> Callable[[Record], bool]:
     def accepts(r: Record) -> bool:
-        case = (r["benchmark"], r.get("dtype"), r.get("direction"), r["threads"])
+        case = (r["benchmark"], r.get("dtype"), r.get("direction"), r.get("threads"))
         return case == ("dcnv3", dtype, direction, 2) and r["shape"].startswith(shapes)
 
     return accepts
@@ -130,11 +149,19 @@ def operator_is(dtype: str, direction: str, shapes: str) -> Callable[[Record], b
 
 def attention_is(direction: str) -> Callable[[Record], bool]:
     case = ("deformable_attention", "float32", direction, 2)
-    return lambda r: (r["benchmark"], r.get("dtype"), r.get("direction"), r["threads"]) == case
+    return lambda r: (r["benchmark"], r.get("dtype"), r.get("direction"), r.get("threads")) == case
 
 
 def model_is(dtype: str, mode: str) -> Callable[[Record], bool]:
-    return lambda r: (r["benchmark"], r.get("dtype"), r.get("mode"), r["threads"]) == ("model", dtype, mode, 2)
+    return lambda r: (r["benchmark"], r.get("dtype"), r.get("mode"), r.get("threads")) == ("model", dtype, mode, 2)
+
+
+def is_box_evaluation(r: Record) -> bool:
+    return (r["benchmark"], r.get("shape")) == ("detection_evaluation", "box")
+
+
+def against_torchmetrics(r: Record) -> float:
+    return float(r["ratio"]["torchmetrics"])
 
 
 def against_grid_sample(r: Record) -> float:
@@ -165,6 +192,7 @@ def goals_table(records: list[Record]) -> str:
         ("operator f+b, detection", 20, "x", operator_is("float32", "forward+backward", "det"), against_grid_sample),
         ("deformable attention forward", 3, "x", attention_is("forward"), against_grid_sample),
         ("deformable attention f+b", 3, "x", attention_is("forward+backward"), against_grid_sample),
+        ("evaluation of boxes, against torchmetrics", 20, "x", is_box_evaluation, against_torchmetrics),
         ("InternImage-T eval, float32", 1.7, "x", model_is("float32", "eval"), against_grid_sample),
         ("InternImage-T train step, float32", 1.5, "x", model_is("float32", "train"), against_grid_sample),
         ("InternImage-T eval, bfloat16", 2.6, "x", model_is("bfloat16", "eval"), against_float32_grid_sample),
@@ -204,12 +232,17 @@ SECTIONS = {
     "dcnv3": ("The operator", operator_table),
     "dcnv3_memory": ("Peak memory beyond the inputs, detection map, as a multiple of the results", memory_table),
     "deformable_attention": ("Deformable attention, 8 heads of 32 channels, 4 points per level", attention_table),
+    "detection_evaluation": ("Evaluation, against torchmetrics with pycocotools in the same run", evaluation_table),
+    "detection_step": ("Where a training step of a detector on InternImage-T goes, float32", step_table),
     "model": ("InternImage-T, 4 images of 224 px, against the same model on grid_sample", model_table),
 }
 
 
+NAMES = ("roofline", "dcnv3", "deformable_attention", "detection_evaluation", "detection_step", "model")
+
+
 def document(records: list[Record]) -> str:
-    commands = "\n".join(COMMANDS.format(name=name) for name in ("roofline", "dcnv3", "deformable_attention", "model"))
+    commands = "\n".join(COMMANDS.format(name=name) for name in NAMES)
     parts = [HEADER.format(commands=commands)]
     machines: dict[tuple[object, ...], list[Record]] = {}
     for record in records:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import deformable_attention, performance, rivals, roofline
+from benchmarks import deformable_attention, detection_evaluation, detection_step, performance, rivals, roofline
 from benchmarks.dcnv3 import CASES, Rival, implementations, inputs
+from datamodules import DetectionTrainTransform, SyntheticDetection
 from ops.reference import dcnv3_reference
 
 RESULTS = sorted((Path(performance.__file__).parent / "results").glob("*.json"))
@@ -71,6 +72,23 @@ def test_all_forms_of_deformable_attention_agree_and_differentiate(case, dtype, 
         for gradients in found.values():
             # Gradients of locations are differences of values times sizes in pixels; a sum of 16 of those.
             torch.testing.assert_close(gradients, found["reference"], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_detection_evaluation_gives_the_numbers_of_torchmetrics(masks):
+    record = detection_evaluation.compare(detection_evaluation.Case(6, 10, 3, masks))
+    assert record["largest_difference"] <= detection_evaluation.TOLERANCE
+    assert 0 < record["mask_ap" if masks else "box_ap"] < 1
+
+
+@pytest.mark.parametrize("name", detection_step.PARTS)
+def test_parts_of_a_step_are_all_measured(name):
+    data = SyntheticDetection(num_classes=detection_step.NUM_CLASSES, image_size=64, batch_size=2, num_samples=8)
+    data.train_transform = DetectionTrainTransform(short_sides=(48,), long_side=64)
+    data.setup("fit")
+    parts = detection_step.measure(name, detection_step.detectors(quick=True)[name](), data, 1, "cpu")
+    assert parts.keys() == {*detection_step.PARTS[name], detection_step.REST, "data", "backward", "optimizer"}
+    assert all(milliseconds > 0 for milliseconds in parts.values())
 
 
 def test_work_counts_what_the_operator_does():
