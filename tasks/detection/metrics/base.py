@@ -190,9 +190,17 @@ class DetectionMetric(Metric, ABC):
         # Only the first rank needs what may be gigabytes.
         shares: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(self.images, shares)
-        answer = [None if shares is None else self._summarize(shares)]
+        answer: list[Summary | Exception | None] = [None]
+        if shares is not None:
+            try:
+                answer = [self._summarize(shares)]
+            except Exception as error:
+                # The others would wait for an answer until they time out.
+                answer = [error]
         dist.broadcast_object_list(answer)
         (summary,) = answer
+        if isinstance(summary, Exception):
+            raise summary
         assert summary is not None
         return summary
 

@@ -255,12 +255,17 @@ def rank_compute(rank, images, folder):
     share = names[:7] if rank == 0 else names[5:]
     metric = updated(CocoAP(per_class=True), {name: images[name] for name in share}, batch=2)
     metric.prepare(class_names=list("abcde"))
-    torch.save({"numbers": metric.compute(), "table": metric.table()}, folder / str(rank))
+    result = {"numbers": metric.compute(), "table": metric.table()}
+    wrong = updated(CocoAP(), {name: images[name] for name in share}, batch=2)
+    wrong.prepare(class_names=["a"])
+    with pytest.raises(ValueError, match="expected labels below 1"):
+        wrong.compute()
+    torch.save(result, folder / str(rank))
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_uneven_processes_equal_one(images, tmp_path):
+def test_two_uneven_processes_equal_one_and_both_hear_of_a_mistake(images, tmp_path):
     torch.multiprocessing.spawn(rank_compute, (images, tmp_path), nprocs=2)
     alone = CocoAP(per_class=True)
     alone.prepare(class_names=list("abcde"))
