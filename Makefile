@@ -20,7 +20,7 @@ test: setup
 	$(PYTEST) -m "not gpu and not slow"
 
 test-all: setup
-	@echo "== test-all: slow tests as well (about 4 minutes on 2 cores) =="
+	@echo "== test-all: slow tests as well (about 10 minutes on 2 cores) =="
 	$(PYTEST) -m "not gpu"
 
 check: setup
