@@ -14,6 +14,7 @@ from datamodules.detection.coco import CocoDetection
 from datamodules.detection.crowdhuman import CrowdHumanDetection
 from datamodules.detection.data import DetectionData
 from datamodules.detection.lvis import LvisDetection
+from datamodules.detection.nuclei import StarDistInstances
 from datamodules.detection.objects365 import Objects365Detection
 from datamodules.detection.openimages import OpenImagesDetection
 from datamodules.detection.shards import DetectionShards
@@ -67,6 +68,7 @@ __all__ = [
     "SegmentationFolders",
     "SegmentationShards",
     "SegmentationTrainTransform",
+    "StarDistInstances",
     "StarDistNuclei",
     "SyntheticClassification",
     "SyntheticDetection",

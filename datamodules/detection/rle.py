@@ -79,5 +79,11 @@ def area(mask: RunLengths) -> int:
     return int(run_lengths.area(dict(mask)))
 
 
+def bounding_box(bitmap: Array) -> tuple[int, int, int, int]:
+    """Return left, top, width and height of what is inside a bitmap `(H, W)`, which is not empty."""
+    rows, columns = (np.flatnonzero(bitmap.any(axis=axis)) for axis in (1, 0))
+    return int(columns[0]), int(rows[0]), int(columns[-1] - columns[0]) + 1, int(rows[-1] - rows[0]) + 1
+
+
 def _named(mask: dict[str, Any]) -> RunLengths:
     return RunLengths(size=[int(side) for side in mask["size"]], counts=bytes(mask["counts"]))

@@ -109,7 +109,7 @@ class Shapes:
         bitmaps = [owners == number for number in range(1, len(labels) + 1)]
         visible = [number for number, bitmap in enumerate(bitmaps) if bitmap.sum() >= MIN_AREA]
         return Objects(
-            boxes=np.array([_box(bitmaps[number]) for number in visible], dtype=np.float64).reshape(-1, 4),
+            boxes=np.array([rle.bounding_box(bitmaps[number]) for number in visible], dtype=np.float64).reshape(-1, 4),
             labels=labels[visible],
             areas=np.array([bitmaps[number].sum() for number in visible], dtype=np.float64),
             crowd=np.zeros(len(visible), dtype=bool),
@@ -158,9 +158,3 @@ class Shapes:
             else:
                 brush.polygon([(left, bottom), (right, bottom), ((left + right) // 2, top)], fill=number)
         return np.asarray(canvas), labels, random
-
-
-def _box(bitmap: Array) -> tuple[int, int, int, int]:
-    """Return left, top, width and height of what is inside."""
-    rows, columns = (np.flatnonzero(bitmap.any(axis=axis)) for axis in (1, 0))
-    return int(columns[0]), int(rows[0]), int(columns[-1] - columns[0]) + 1, int(rows[-1] - rows[0]) + 1
