@@ -2,15 +2,14 @@
 
 from typing import TypedDict
 
-import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.corrupt import CorruptImagesError as CorruptImagesError
-from datamodules.corrupt import ReplacedImages
 from datamodules.pipeline import Pipeline
-from datamodules.sampling import SAMPLE, SampleKey
+from datamodules.sampling import SampleKey
 from datamodules.sources import UNREADABLE, ImageSource
+from datamodules.training import TrainImages
 
 
 class ClassificationSample(TypedDict):
@@ -27,35 +26,16 @@ class PredictSample(TypedDict):
     path: str
 
 
-class ClassificationDataset(Dataset[ClassificationSample]):
-    """Samples that depend on (seed, epoch, index) and on nothing else.
-
-    An unreadable image is replaced, label included.
-
-    Args:
-        source: Labelled images.
-        pipeline: From image and seed to tensor.
-        seed: Of the pipeline's randomness and of replacements.
-        max_corrupt_share: Share of the source's images that may be unreadable.
-    """
-
-    def __init__(self, source: ImageSource, pipeline: Pipeline, *, seed: int, max_corrupt_share: float) -> None:
-        self.source, self.pipeline, self.seed = source, pipeline, seed
-        self.images = ReplacedImages(source, seed=seed, max_corrupt_share=max_corrupt_share)
-
-    def __len__(self) -> int:
-        return len(self.source)
+class ClassificationDataset(TrainImages[ImageSource, Pipeline, ClassificationSample]):
+    """Labelled samples, of training and of evaluation: see `TrainImages`."""
 
     def __getitem__(self, key: SampleKey | int) -> ClassificationSample:
-        """Return the sample of `(epoch, index)`; a plain index means epoch 0.
+        """Return the sample of `(epoch, index)`.
 
         Raises:
-            CorruptImagesError: Too many images are unreadable.
             ValueError: The pipeline cannot take the image's size.
         """
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        found, image = self.images.read(epoch, index)
-        seed = np.random.SeedSequence((SAMPLE, self.seed, epoch, index))
+        found, image, seed = self.draw(key)
         try:
             return {"image": self.pipeline(image, seed), "label": self.source.label(found)}
         except ValueError as error:

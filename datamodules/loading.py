@@ -2,7 +2,8 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -124,6 +125,16 @@ class ImageData(LightningDataModule):
         for name, (value, least) in numbers.items():
             if value < least:
                 raise ValueError(f"{type(self).__name__}: {name}={value}, expected at least {least}.")
+
+    def _check_same_labels(self, splits: Sequence[Sequence[str]]) -> None:
+        """Refuse splits whose names, by label, are not the same."""
+        for first, second in pairwise(splits):
+            for label, (one, other) in enumerate(zip(first, second, strict=True)):
+                if one != other:
+                    raise ValueError(
+                        f"{type(self).__name__}: the splits disagree about label {label}: {one} and {other}. Give both "
+                        "the same classes, or name the classes in one order for both."
+                    )
 
     def _to_open(self, stage: str) -> list[Split]:
         if stage == "predict" and self.predict_paths:

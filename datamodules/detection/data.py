@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +103,7 @@ class DetectionData(ImageData):
             )
             self._sets[split], self._replaced[split] = dataset, dataset.images
         opened: list[Categories] = [dataset.source.categories for dataset in self._sets.values()]
-        for first, second in pairwise(opened):
-            self._check_same_classes(first, second)
+        self._check_same_labels([classes.names for classes in opened])
         categories = opened[0] if opened else self.find_categories()
         if categories is not None:
             self.class_names, self.category_ids = list(categories.names), list(categories.ids)
@@ -145,14 +143,6 @@ class DetectionData(ImageData):
             )
         if split == "train" and self.masks and not source.has_masks:
             raise ValueError(f"{owner}: the train annotations have no masks. Set masks=false, and train on boxes.")
-
-    def _check_same_classes(self, first: Categories, second: Categories) -> None:
-        for label, names in enumerate(zip(first.names, second.names, strict=True)):
-            if names[0] != names[1]:
-                raise ValueError(
-                    f"{type(self).__name__}: the splits disagree about label {label}: {names[0]} and {names[1]}. Give "
-                    "both annotation files the same classes, or name the classes in one order for both."
-                )
 
     def _trainable(self, source: DetectionSource) -> Array:
         large = _sizes(source).min(axis=1, initial=np.iinfo(np.int64).max) >= self.min_image_size

@@ -7,10 +7,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from datamodules.batch import Array, DetectionTruth
-from datamodules.corrupt import ReplacedImages
 from datamodules.detection.pipeline import TrainPipeline, TrainSample
 from datamodules.detection.records import Categories, DetectionSource, LabelSets, Objects
-from datamodules.sampling import SAMPLE, SampleKey
+from datamodules.sampling import SampleKey
+from datamodules.training import TrainImages
 from datamodules.views import ViewPipeline, ViewSample, look, read_or_raise
 
 
@@ -90,38 +90,12 @@ class ChosenImages:
         return LabelSets(sets.labels[places], starts)
 
 
-class DetectionDataset(Dataset[TrainSample]):
-    """Training samples that depend on (seed, epoch, index) and on nothing else.
-
-    An unreadable image is replaced, objects included.
-
-    Args:
-        source: Images and objects.
-        pipeline: From image, objects and seed to a sample.
-        seed: Of the pipeline's randomness and of replacements.
-        max_corrupt_share: Share of the source's images that may be unreadable.
-    """
-
-    def __init__(
-        self, source: DetectionSource, pipeline: TrainPipeline, *, seed: int, max_corrupt_share: float
-    ) -> None:
-        self.source, self.pipeline, self.seed = source, pipeline, seed
-        self.images = ReplacedImages(source, seed=seed, max_corrupt_share=max_corrupt_share)
-
-    def __len__(self) -> int:
-        return len(self.source)
+class DetectionDataset(TrainImages[DetectionSource, TrainPipeline, TrainSample]):
+    """Training samples: see `TrainImages`."""
 
     def __getitem__(self, key: SampleKey | int) -> TrainSample:
-        """Return the sample of `(epoch, index)`; a plain index means epoch 0.
-
-        An index past the end begins again at the first image, with other changes (`datamodules.orders`).
-
-        Raises:
-            CorruptImagesError: Too many images are unreadable.
-        """
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        found, image = self.images.read(epoch, index % len(self))
-        seed = np.random.SeedSequence((SAMPLE, self.seed, epoch, index))
+        """Return the sample of `(epoch, index)`."""
+        found, image, seed = self.draw(key)
         return self.pipeline(image, self.source.objects(found), seed)
 
 

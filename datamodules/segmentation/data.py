@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +103,7 @@ class SegmentationData(ImageData):
             )
             self._sets[split], self._replaced[split] = dataset, dataset.images
         opened: list[Classes] = [dataset.source.classes for dataset in self._sets.values()]
-        for first, second in pairwise(opened):
-            self._check_same_classes(first, second)
+        self._check_same_labels([classes.names for classes in opened])
         classes = opened[0] if opened else self.find_classes()
         if classes is not None:
             self.class_names, self.palette = list(classes.names), list(classes.palette)
@@ -134,11 +132,3 @@ class SegmentationData(ImageData):
     def _loading(self, use: Use) -> dict[str, Any]:
         options = super()._loading(use)
         return options if use == "train" else {**options, "batch_size": self.eval_batch_size}
-
-    def _check_same_classes(self, first: Classes, second: Classes) -> None:
-        for label, names in enumerate(zip(first.names, second.names, strict=True)):
-            if names[0] != names[1]:
-                raise ValueError(
-                    f"{type(self).__name__}: the splits disagree about label {label}: {names[0]} and {names[1]}. Train "
-                    "and validate on data sets with the same classes."
-                )

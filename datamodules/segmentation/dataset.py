@@ -1,14 +1,13 @@
 """From a source and a pipeline to the samples of a batch. Training replaces unreadable images, nothing else does."""
 
-import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
 from datamodules.batch import Array
-from datamodules.corrupt import ReplacedImages
-from datamodules.sampling import SAMPLE, SampleKey
+from datamodules.sampling import SampleKey
 from datamodules.segmentation.pipeline import TrainPipeline, TrainSample
 from datamodules.segmentation.records import SegmentationSource
+from datamodules.training import TrainImages
 from datamodules.views import ViewPipeline, ViewSample, look, read_or_raise
 
 
@@ -18,39 +17,16 @@ class EvalSample(ViewSample):
     truth: Array
 
 
-class SegmentationDataset(Dataset[TrainSample]):
-    """Training samples that depend on (seed, epoch, index) and on nothing else.
-
-    An unreadable image is replaced, mask included.
-
-    Args:
-        source: Images and masks.
-        pipeline: From image, mask and seed to a sample.
-        seed: Of the pipeline's randomness and of replacements.
-        max_corrupt_share: Share of the source's images that may be unreadable.
-    """
-
-    def __init__(
-        self, source: SegmentationSource, pipeline: TrainPipeline, *, seed: int, max_corrupt_share: float
-    ) -> None:
-        self.source, self.pipeline, self.seed = source, pipeline, seed
-        self.images = ReplacedImages(source, seed=seed, max_corrupt_share=max_corrupt_share)
-
-    def __len__(self) -> int:
-        return len(self.source)
+class SegmentationDataset(TrainImages[SegmentationSource, TrainPipeline, TrainSample]):
+    """Training samples: see `TrainImages`."""
 
     def __getitem__(self, key: SampleKey | int) -> TrainSample:
-        """Return the sample of `(epoch, index)`; a plain index means epoch 0.
-
-        An index past the end begins again at the first image, with other changes (`datamodules.orders`).
+        """Return the sample of `(epoch, index)`.
 
         Raises:
-            CorruptImagesError: Too many images are unreadable.
             ValueError: The mask is unreadable, means nothing, or has another size than the image.
         """
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        found, image = self.images.read(epoch, index % len(self))
-        seed = np.random.SeedSequence((SAMPLE, self.seed, epoch, index))
+        found, image, seed = self.draw(key)
         return self.pipeline(image, _mask_of(self.source, found, image), seed)
 
 
