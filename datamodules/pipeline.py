@@ -21,13 +21,13 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from datamodules.transforms import EvalTransform, TrainTransform
+from datamodules.transforms import EvalTransform, ImageDoesNotFitError, TrainTransform
 
 # albumentations otherwise asks the package index for a newer version, with a two-second wait, at import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
 import cv2
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
@@ -65,7 +65,7 @@ class Pipeline:
         """Turn an RGB image into `(3, image_size, image_size)` float32; None suits pipelines without randomness.
 
         Raises:
-            ValueError: The image does not fit into `image_size`, and the pipeline only pads.
+            ImageDoesNotFitError: The image does not fit into `image_size`, and the pipeline only pads.
         """
         if seed is None:
             return self._run(image)
@@ -79,7 +79,7 @@ class Pipeline:
     def _run(self, image: Image.Image) -> Tensor:
         pixels = self._steps(image=np.asarray(image))["image"]
         if pixels.shape != (self.image_size, self.image_size, 3):
-            raise ValueError(
+            raise ImageDoesNotFitError(
                 f"image of {image.height} x {image.width} pixels does not fit into image_size={self.image_size}: "
                 'fit="pad" never shrinks. Use fit="resize" or "crop", or a larger image_size.'
             )
@@ -120,7 +120,7 @@ def train_pipeline(settings: TrainTransform, image_size: int) -> Pipeline:
             "img_mean": tuple(min(255, round(255 * value)) for value in settings.mean),
             "interpolation": Image.Resampling.BICUBIC,
         }
-        steps.append(PILStep(rand_augment_transform(settings.rand_augment, hints)))
+        steps.append(PILStep(_rand_augment(settings.rand_augment, hints)))
     return Pipeline(steps, image_size, settings.mean, settings.std, settings.erasing)
 
 
@@ -131,6 +131,22 @@ def eval_pipeline(settings: EvalTransform, image_size: int) -> Pipeline:
     else:
         step = _fit_whole(settings.fit, image_size, place="center")
     return Pipeline([step], image_size, settings.mean, settings.std)
+
+
+def _rand_augment(policy: str, hints: dict[str, Any]) -> Callable[[Image.Image], Image.Image]:
+    """Return timm's RandAugment, in which to keep no bit is black again: Pillow 13 made that an error."""
+    augment = rand_augment_transform(policy, hints)
+    for operation in augment.ops:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+    return augment  # type: ignore[no-any-return]
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    posterized: Image.Image = posterize(image, bits_to_keep, **options)  # type: ignore[no-untyped-call]
+    return posterized
 
 
 def _fit_whole(fit: str, image_size: int, *, place: str) -> A.BasicTransform:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from datamodules.pipeline import Pipeline
 
 
+class ImageDoesNotFitError(ValueError):
+    """An image is larger than the datamodule's `image_size`, and its transform only pads."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainTransform:
     """Random changes of a training image; the defaults are the InternImage authors' ImageNet recipe.

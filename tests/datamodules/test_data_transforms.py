@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import RandAugment
 from torchvision import transforms as tv
 
 from datamodules import EvalTransform, TrainTransform
@@ -145,3 +146,13 @@ def test_pipelines_survive_pickling_for_spawned_workers():
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainTransform(**settings)
+
+
+def test_randaugment_that_keeps_no_bit_is_black() -> None:
+    augment = TrainTransform(fit="resize", flip=0.0, rand_augment="rand-n1-m10-inc1", erasing=0.0).build(16)
+    (step,) = [step for step in augment._steps.transforms if isinstance(getattr(step, "function", None), RandAugment)]
+    (posterize,) = [operation for operation in step.function.ops if operation.name == "PosterizeIncreasing"]
+    posterize.prob = 1.0
+    image = Image.fromarray(np.full((16, 16, 3), 200, dtype=np.uint8))
+    # Magnitude 10 keeps 0 of 8 bits.
+    assert not np.asarray(posterize(image)).any()
