@@ -23,6 +23,8 @@ class ClassificationBatch(TypedDict):
 
     image: Tensor  # (B, 3, H, W) float32, normalised
     label: Tensor  # (B,) int64 in [0, num_classes)
+    # (B,) bool, False for samples that only fill up an evaluation batch: they count nowhere. Without it, all count.
+    valid: NotRequired[Tensor]
 
 
 class PredictBatch(TypedDict):
@@ -30,6 +32,23 @@ class PredictBatch(TypedDict):
 
     image: Tensor  # (B, 3, H, W) float32, normalised
     path: list[str]  # length B: where each image came from
+
+
+class ImageTextBatch(TypedDict):
+    """What `tasks.Pretraining` trains on and is evaluated on."""
+
+    image: Tensor  # (B, 3, H, W) float32, normalised
+    text: Tensor  # (B, L) int64 token ids, zero after the end
+    text_length: Tensor  # (B,) int64, tokens of each text, those of its start and end included
+    label: Tensor  # (B,) int64 in [0, num_classes), -1 where there is none
+    source: Tensor  # (B,) int64, number of the data source
+    valid: Tensor  # (B,) bool, False for samples that only fill up an evaluation batch
+    key: list[str]  # length B: where each sample came from
+    # A second random view of each image, for objectives that compare views.
+    other_image: NotRequired[Tensor]  # (B, 3, H, W) float32, normalised
+    # (B, 2, 5) float32: of both views top, left, height and width of the crop as shares of the whole image, and 1 where
+    # it is flipped left and right.
+    view: NotRequired[Tensor]
 
 
 class RunLengths(TypedDict):

@@ -112,29 +112,12 @@ class ImageData(LightningDataModule):
         Raises:
             FileNotFoundError: A path does not exist, or is a folder without images.
         """
-        images: list[Path] = []
-        for path in map(Path, self.predict_paths):
-            found = find_images(path) if path.is_dir() else [path]
-            if not found or not path.exists():
-                problem = f"has no image file ({', '.join(IMAGE_SUFFIXES)})" if path.exists() else "does not exist"
-                raise FileNotFoundError(f"{type(self).__name__}: predict_paths: {path} {problem}.")
-            images += found
-        return images
+        return find_files(self.predict_paths, type(self).__name__)
 
     def _check_least(self, **numbers: tuple[int, int]) -> None:
         for name, (value, least) in numbers.items():
             if value < least:
                 raise ValueError(f"{type(self).__name__}: {name}={value}, expected at least {least}.")
-
-    def _check_same_labels(self, splits: Sequence[Sequence[str]]) -> None:
-        """Refuse splits whose names, by label, are not the same."""
-        for first, second in pairwise(splits):
-            for label, (one, other) in enumerate(zip(first, second, strict=True)):
-                if one != other:
-                    raise ValueError(
-                        f"{type(self).__name__}: the splits disagree about label {label}: {one} and {other}. Give both "
-                        "the same classes, or name the classes in one order for both."
-                    )
 
     def _to_open(self, stage: str) -> list[Split]:
         if stage == "predict" and self.predict_paths:
@@ -150,7 +133,7 @@ class ImageData(LightningDataModule):
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
-            "worker_init_fn": _one_thread,
+            "worker_init_fn": one_thread,
             "pin_memory": torch.cuda.is_available(),
             "generator": loader_generator(),
             "collate_fn": self.collate(use),
@@ -162,7 +145,47 @@ class ImageData(LightningDataModule):
         return ranks or {"num_replicas": 1, "rank": 0}
 
 
-def _one_thread(worker: int) -> None:
+def find_files(paths: Sequence[Path], owner: str) -> list[Path]:
+    """Return the image files of `predict_paths`: files as they are, folders searched with their subfolders.
+
+    Args:
+        paths: Files and folders.
+        owner: Whose setting it is.
+
+    Raises:
+        FileNotFoundError: A path does not exist, or is a folder without images.
+    """
+    images: list[Path] = []
+    for path in map(Path, paths):
+        found = find_images(path) if path.is_dir() else [path]
+        if not found or not path.exists():
+            problem = f"has no image file ({', '.join(IMAGE_SUFFIXES)})" if path.exists() else "does not exist"
+            raise FileNotFoundError(f"{owner}: predict_paths: {path} {problem}.")
+        images += found
+    return images
+
+
+def check_same_labels(owner: str, splits: Sequence[Sequence[str]]) -> None:
+    """Refuse splits whose names, by label, are not the same; they are equally many.
+
+    Args:
+        owner: Whose splits they are.
+        splits: Names of the classes of each.
+
+    Raises:
+        ValueError: They differ.
+    """
+    for first, second in pairwise(splits):
+        for label, (one, other) in enumerate(zip(first, second, strict=True)):
+            if one != other:
+                raise ValueError(
+                    f"{owner}: the splits disagree about label {label}: {one} and {other}. Give both the same classes, "
+                    "or name the classes in one order for both."
+                )
+
+
+def one_thread(worker: int) -> None:
+    """Give a worker process one thread: `worker_init_fn` of loaders."""
     # OpenCV's thread pool does not survive a fork, and a worker has one core.
     import cv2
 

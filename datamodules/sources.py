@@ -28,8 +28,8 @@ class ImageSource(Protocol):
         """Return where the image came from, for messages and predictions."""
 
 
-# What PIL raises for missing, truncated, unknown, broken and absurdly large files.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# What PIL raises for missing, truncated, unknown, broken and absurdly large files; RuntimeError is AVIF's.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError)
 
 
 class FileSource:

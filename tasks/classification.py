@@ -97,10 +97,14 @@ class Classification(Task):
 
     def _evaluate(self, batch: ClassificationBatch, stage: str) -> None:
         logits, label = self(batch["image"]).float(), batch["label"]
-        # One loss for each sample: torchmetrics 1.9 ignores weights where it does not look for NaN.
-        self.loss.update(F.cross_entropy(logits, label, reduction="none"))
-        self.top1.update(logits, label)
-        self.top5.update(logits, label)
+        if "valid" in batch:
+            logits, label = logits[batch["valid"]], label[batch["valid"]]
+        # A rank's last batch may only fill up, and torchmetrics cannot count none.
+        if len(label):
+            # One loss for each sample: torchmetrics 1.9 ignores weights where it does not look for NaN.
+            self.loss.update(F.cross_entropy(logits, label, reduction="none"))
+            self.top1.update(logits, label)
+            self.top5.update(logits, label)
         # Lightning computes these from the sums of all ranks when the epoch ends.
         self.log(f"{stage}/loss", self.loss, batch_size=len(label))
         self.log(f"{stage}/top1", self.top1, prog_bar=True, batch_size=len(label))

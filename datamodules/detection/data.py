@@ -10,7 +10,7 @@ import numpy as np
 from datamodules.batch import Array
 from datamodules.detection.records import Categories, DetectionSource
 from datamodules.detection.transforms import EVAL_800, TRAIN_1X, DetectionEvalTransform, DetectionTrainTransform
-from datamodules.loading import ImageData, Split, Use
+from datamodules.loading import ImageData, Split, Use, check_same_labels
 from datamodules.orders import Balance, Grouped, Order, Shuffled
 from datamodules.views import PredictFiles, PredictImages, collate_views
 
@@ -103,7 +103,7 @@ class DetectionData(ImageData):
             )
             self._sets[split], self._replaced[split] = dataset, dataset.images
         opened: list[Categories] = [dataset.source.categories for dataset in self._sets.values()]
-        self._check_same_labels([classes.names for classes in opened])
+        check_same_labels(type(self).__name__, [classes.names for classes in opened])
         categories = opened[0] if opened else self.find_categories()
         if categories is not None:
             self.class_names, self.category_ids = list(categories.names), list(categories.ids)

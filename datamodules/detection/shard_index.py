@@ -72,7 +72,7 @@ def _make_index(shards: list[Path]) -> dict[str, Array]:
         for key, image, place, content in _samples(shard):
             try:
                 found = from_json(content, masks=False)
-                _check_lengths(content)
+                check_lengths(content)
                 columns["has_masks"].append(content["masks"] is not None)
                 columns["image_ids"].append(content["image_id"])
                 height, width = content["size"]
@@ -99,7 +99,13 @@ def _make_index(shards: list[Path]) -> dict[str, Array]:
     return index
 
 
-def _check_lengths(content: dict[str, Any]) -> None:
+def check_lengths(content: dict[str, Any]) -> None:
+    """Refuse a sample's JSON whose parts have different lengths.
+
+    Raises:
+        ValueError: They have.
+        KeyError: A part is missing.
+    """
     parts = ["boxes", "labels", "areas", "crowd"] + (["masks"] if content["masks"] is not None else [])
     lengths = {part: len(content[part]) for part in parts}
     if len(set(lengths.values())) > 1:

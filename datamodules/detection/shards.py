@@ -51,7 +51,7 @@ def write_shards(source: DetectionSource, folder: Path, images_per_shard: int = 
             for index in range(first, min(first + images_per_shard, len(source))):
                 suffix, image = _image_bytes(source, index)
                 _add(tar, f"{index:09}{suffix}", image)
-                _add(tar, f"{index:09}.json", json.dumps(_to_json(source, index)).encode())
+                _add(tar, f"{index:09}.json", json.dumps(to_json(source, index)).encode())
         unfinished.replace(shard)
     (folder / CATEGORIES).write_text(json.dumps(asdict(source.categories), indent=1), encoding="utf-8")
     open_index(folder)
@@ -180,7 +180,8 @@ def read_categories(folder: Path) -> Categories:
         ) from error
 
 
-def _to_json(source: DetectionSource, index: int) -> dict[str, Any]:
+def to_json(source: DetectionSource, index: int) -> dict[str, Any]:
+    """Return the JSON of a sample, which `from_json` reads."""
     found = source.objects(index)
     masks = None if found.masks is None else [mask["counts"].decode() for mask in found.masks]
     return {

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.loading import ImageData, Split, Use
+from datamodules.loading import ImageData, Split, Use, check_same_labels
 from datamodules.orders import Order, Repeated
 from datamodules.segmentation.records import Classes, Colour, SegmentationSource
 from datamodules.segmentation.transforms import (
@@ -103,7 +103,7 @@ class SegmentationData(ImageData):
             )
             self._sets[split], self._replaced[split] = dataset, dataset.images
         opened: list[Classes] = [dataset.source.classes for dataset in self._sets.values()]
-        self._check_same_labels([classes.names for classes in opened])
+        check_same_labels(type(self).__name__, [classes.names for classes in opened])
         classes = opened[0] if opened else self.find_classes()
         if classes is not None:
             self.class_names, self.palette = list(classes.names), list(classes.palette)

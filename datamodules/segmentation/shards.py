@@ -98,7 +98,7 @@ class ShardSource:
         self._shards = find_shards(folder)
         if not self._shards:
             raise FileNotFoundError(f"SegmentationShards: {folder} has no *.tar.")
-        self.classes = _read_classes(folder / CLASSES)
+        self.classes = read_classes(folder)
         self._table = label_table(len(self.classes))
         self._index = open_index(folder)
 
@@ -151,7 +151,14 @@ class SegmentationShards(SegmentationData):
         return ShardSource(self.folders[split])
 
 
-def _read_classes(path: Path) -> Classes:
+def read_classes(folder: Path) -> Classes:
+    """Return the classes of a folder of shards.
+
+    Raises:
+        FileNotFoundError: There is no `classes.json`.
+        ValueError: It lacks a part.
+    """
+    path = folder / CLASSES
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return Classes(tuple(content["names"]), tuple((red, green, blue) for red, green, blue in content["palette"]))

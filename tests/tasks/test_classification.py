@@ -95,6 +95,19 @@ def test_top1_and_top5_count_every_sample_once(tiny_task, tmp_path):
     assert trainer(tmp_path).test(task, data)[0]["test/top1"] == result["val/top1"]
 
 
+def test_a_batch_that_only_fills_up_counts_nowhere(tiny_task, tmp_path):
+    task, data = tiny_task(num_classes=4), Data(size=4, batch_size=4)
+    (expected,) = trainer(tmp_path).validate(task, data)
+    filled = Data(size=8, batch_size=4)  # the first four images are others
+    valid = [{**sample, "valid": True} for sample in data.samples]
+    filled.samples = [*valid, *({**sample, "valid": False} for sample in filled.samples[4:])]
+    # Its last batch, as that of a rank which has none of the last samples, and its first.
+    for samples in (filled.samples, filled.samples[::-1]):
+        filled.samples = samples
+        (result,) = trainer(tmp_path).validate(task, filled)
+        assert result == pytest.approx(expected, rel=1e-6)  # float32 sums in another order
+
+
 def test_frozen_stages_do_not_move_and_are_not_given_to_the_optimizer(tiny_task, tmp_path):
     task = tiny_task(frozen_stages=2, drop_path_rate=0.5)
     before = {name: value.clone() for name, value in task.state_dict().items()}
