@@ -36,8 +36,16 @@ from datamodules.segmentation.synthetic import SyntheticSegmentation
 from datamodules.segmentation.transforms import SegmentationEvalTransform, SegmentationTrainTransform
 from datamodules.synthetic import SyntheticClassification
 from datamodules.transforms import EvalTransform, TrainTransform
+from datamodules.webdataset.data import ShardData
+from datamodules.webdataset.detection import ImageObjectShards
+from datamodules.webdataset.image_label import ImageLabelShards
+from datamodules.webdataset.image_text import ImageTextShards
+from datamodules.webdataset.segmentation import ImageMaskShards
+from datamodules.webdataset.settings import Access, Shuffling
+from datamodules.webdataset.sources import Shards
 
 __all__ = [
+    "Access",
     "ClassAware",
     "ClassificationBatch",
     "ClassificationData",
@@ -54,6 +62,10 @@ __all__ = [
     "FashionMNIST",
     "FolderLayout",
     "ImageFolders",
+    "ImageLabelShards",
+    "ImageMaskShards",
+    "ImageObjectShards",
+    "ImageTextShards",
     "ListFiles",
     "LvisDetection",
     "MNIST5k",
@@ -68,6 +80,9 @@ __all__ = [
     "SegmentationFolders",
     "SegmentationShards",
     "SegmentationTrainTransform",
+    "ShardData",
+    "Shards",
+    "Shuffling",
     "StarDistInstances",
     "StarDistNuclei",
     "SyntheticClassification",
