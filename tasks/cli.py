@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -180,9 +181,15 @@ def main(args: ArgsType = None) -> CLI:
     )
 
 
-def command() -> None:
+def command() -> int | None:
     """Run the command line as an installed script, whose exit status is what this returns."""
+    if sys.argv[1:2] == ["shards"]:
+        # Needs neither a task nor a trainer.
+        from datamodules.webdataset.commands import main as shards
+
+        return shards(sys.argv[2:])
     main()
+    return None
 
 
 def _loggers(folder: Path) -> list[Logger]:
@@ -216,4 +223,4 @@ def _quieten() -> None:
 
 
 if __name__ == "__main__":
-    command()
+    sys.exit(command())
