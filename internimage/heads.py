@@ -108,8 +108,8 @@ class ClipProjectorHead(nn.Module):
         self.fc = nn.Linear(embed_dim, num_classes)
         init_weights(self)
 
-    def embed(self, features: Sequence[Tensor]) -> Tensor:
-        """Map features to one vector per image, the input of the linear layer: `(B, embed_dim)`.
+    def tokens(self, features: Sequence[Tensor]) -> Tensor:
+        """Map features to the tokens that are pooled, at the stride of the finer one: `(B, hidden_dim, 2 h, 2 w)`.
 
         Raises:
             ValueError: The last two features differ by another factor than 2, so the image is not divisible by 32.
@@ -120,9 +120,19 @@ class ClipProjectorHead(nn.Module):
                 f"ClipProjectorHead: the features are {tuple(fine.shape[2:])} and {tuple(coarse.shape[2:])} pixels, "
                 "expected the first to be twice the second. Use images whose height and width are divisible by 32."
             )
-        x = F.pixel_shuffle(self.project4(coarse), 2) + self.project3(fine)  # (B, hidden_dim, 2 h, 2 w)
-        pooled: Tensor = self.pool(x.flatten(2).transpose(1, 2))
-        return self.fc_norm(pooled)  # type: ignore[no-any-return]
+        return F.pixel_shuffle(self.project4(coarse), 2) + self.project3(fine)  # type: ignore[no-any-return]
+
+    def pool_tokens(self, tokens: Tensor) -> Tensor:
+        """Map what `tokens` gives to one vector per image, the input of the linear layer: `(B, embed_dim)`."""
+        return self.fc_norm(self.pool(tokens.flatten(2).transpose(1, 2)))  # type: ignore[no-any-return]
+
+    def embed(self, features: Sequence[Tensor]) -> Tensor:
+        """Map features to one vector per image, the input of the linear layer: `(B, embed_dim)`.
+
+        Raises:
+            ValueError: As of `tokens`.
+        """
+        return self.pool_tokens(self.tokens(features))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Map features to logits `(B, num_classes)`."""

@@ -18,6 +18,8 @@ _ANCHORS: dict[Naming, str] = {"authors": "patch_embed.conv1.weight", "ours": "s
 _TRANSFORMERS_SCALE = re.compile(r"\blayer_scale([12])$")
 # A backbone in a larger model: the only one, or the first of a composite, in the authors' names or in ours.
 _BACKBONE = re.compile(r"\bbackbone\.((cb_modules\.0|assist)\.)?$")
+# What an objective of pretraining keeps beside the model, such as an average of the backbone to learn from.
+_OBJECTIVE = "objective."
 _BLOCK = re.compile(r"(?:levels|stages)\.(\d+)\.blocks\.(\d+)\.")
 
 
@@ -109,7 +111,7 @@ def find_layout(file: WeightFile) -> Layout:
         (naming, name.removesuffix(anchor))
         for name in names
         for naming, anchor in _ANCHORS.items()
-        if name == anchor or name.endswith(f".{anchor}")
+        if (name == anchor or name.endswith(f".{anchor}")) and not name.startswith(_OBJECTIVE)
     ]
     if not found:
         raise CheckpointError(

@@ -4,6 +4,7 @@ from tasks.base import InitCheckpoint, Task
 from tasks.callbacks import EMA
 from tasks.classification import Classification
 from tasks.detection.task import Detection
+from tasks.pretraining.task import Pretraining
 from tasks.schedules import Cosine, Poly, Schedule, Steps
 from tasks.segmentation.task import Segmentation
 
@@ -14,6 +15,7 @@ __all__ = [
     "Detection",
     "InitCheckpoint",
     "Poly",
+    "Pretraining",
     "Schedule",
     "Segmentation",
     "Steps",
