@@ -133,6 +133,44 @@ def step_table(records: list[Record]) -> str:
     return table(["part", *(f"{r['model']} {'x'.join(map(str, r['size']))}" for r in records)], rows)
 
 
+def loader_table(records: list[Record]) -> str:
+    head = ["loader", "images per CPU-second", "ours, uint8", "ours, float32"]
+    rows = []
+    for r in records:
+        for name, speed in r["images_per_cpu_s"].items():
+            rows.append([name, f"{speed:.0f}", f"{r['ratio'][name]:.2f}x", f"{r['float32_ratio'][name]:.2f}x"])
+        rows.append(["decoding alone", f"{1e6 / r['microseconds']['decode']:.0f}", f"{r['of_decoding']:.2f}x", "-"])
+    return table(head, rows) + "".join(map(loader_parts, records))
+
+
+def loader_parts(r: Record) -> str:
+    us, first = r["microseconds"], r["first_batch_s"]
+    rows = [
+        ["decoding, augmentation and tokens alone", f"{us['decode_augment']:.0f} us an image"],
+        ["loader above that", f"{r['overhead']:.0%}"],
+        ["deterministic order, share of the whole", f"{r['order_share']:.1%}"],
+        *([f"first batch after {name}", f"{seconds:.2f} s"] for name, seconds in first.items()),
+    ]
+    return "\n" + table(["ours", f"{r['images']} images of {r['shape']}, {r['mean_bytes'] / 1e3:.0f} kB"], rows)
+
+
+def start_table(records: list[Record]) -> str:
+    head = ["shards", "start", "memory", "resume", "memory"]
+    rows = []
+    for r in records:
+        cells = [f(r[name]) for name in ("start", "resume") for f in (in_milliseconds, in_mib)]
+        rows.append([r["shape"], *cells])
+    return table(head, rows)
+
+
+def in_milliseconds(measured: Record) -> str:
+    return f"{measured['seconds'] * 1e3:.0f} ms"
+
+
+def in_mib(measured: Record) -> str:
+    return f"{measured['mib']:.1f} MiB"
+
+
 def roofline_table(records: list[Record]) -> str:
     head = ["threads", "multiply-add GFLOP/s", "L1 GB/s", "L2 GB/s", "L3 GB/s", "copy GB/s"]
     rows = [[str(r["threads"]), *(f"{r[k]:.0f}" for k in ("multiply_add", "l1", "l2", "l3", "copy"))] for r in records]
@@ -158,6 +196,14 @@ def model_is(dtype: str, mode: str) -> Callable[[Record], bool]:
 
 def is_box_evaluation(r: Record) -> bool:
     return (r["benchmark"], r.get("shape")) == ("detection_evaluation", "box")
+
+
+def is_loader(r: Record) -> bool:
+    return bool(r["benchmark"] == "loader")
+
+
+def against_loader(ratio: str, name: str) -> Callable[[Record], float | None]:
+    return lambda r: r[ratio].get(name)
 
 
 def against_torchmetrics(r: Record) -> float:
@@ -193,6 +239,9 @@ def goals_table(records: list[Record]) -> str:
         ("deformable attention forward", 3, "x", attention_is("forward"), against_grid_sample),
         ("deformable attention f+b", 3, "x", attention_is("forward+backward"), against_grid_sample),
         ("evaluation of boxes, against torchmetrics", 20, "x", is_box_evaluation, against_torchmetrics),
+        ("loader, uint8, against open_clip's stages", 3, "x", is_loader, against_loader("ratio", "open_clip-like")),
+        ("loader, float32, the same", 2, "x", is_loader, against_loader("float32_ratio", "open_clip-like")),
+        ("loader, uint8, against litdata", 1.5, "x", is_loader, against_loader("ratio", "litdata")),
         ("InternImage-T eval, float32", 1.7, "x", model_is("float32", "eval"), against_grid_sample),
         ("InternImage-T train step, float32", 1.5, "x", model_is("float32", "train"), against_grid_sample),
         ("InternImage-T eval, bfloat16", 2.6, "x", model_is("bfloat16", "eval"), against_float32_grid_sample),
@@ -224,6 +273,15 @@ def goals_table(records: list[Record]) -> str:
         if case == ("dcnv3_memory", "float32", "forward"):
             peak = record["times_results"]["kernel"]
             rows.append(["extra memory, detection", "1.05x or less", f"{peak:.2f}x", "yes" if peak <= 1.05 else "no"])
+        if record["benchmark"] == "loader":
+            slowest = max(record["first_batch_s"].values())
+            for name, limit, unit, value in (
+                ("loader above decoding, augmentation, tokens", 15, " %", 100 * record["overhead"]),
+                ("deterministic order of the loader", 3, " %", 100 * record["order_share"]),
+                ("first batch after start and resume", 1, " s", slowest),
+            ):
+                reached = "yes" if value <= limit else "no"
+                rows.append([name, f"{limit}{unit} or less", f"{value:.2f}{unit}", reached])
     return table(["goal, against grid_sample on two threads", "goal", "worst case", "reached"], rows)
 
 
@@ -234,11 +292,13 @@ SECTIONS = {
     "deformable_attention": ("Deformable attention, 8 heads of 32 channels, 4 points per level", attention_table),
     "detection_evaluation": ("Evaluation, against torchmetrics with pycocotools in the same run", evaluation_table),
     "detection_step": ("Where a training step of a detector on InternImage-T goes, float32", step_table),
+    "loader": ("Loading from shards, per CPU-second of one core, batches of 64 at 224 px", loader_table),
+    "loader_start": ("Start and resume by the number of shards, to the samples of the first step", start_table),
     "model": ("InternImage-T, 4 images of 224 px, against the same model on grid_sample", model_table),
 }
 
 
-NAMES = ("roofline", "dcnv3", "deformable_attention", "detection_evaluation", "detection_step", "model")
+NAMES = ("roofline", "dcnv3", "deformable_attention", "detection_evaluation", "detection_step", "loader", "model")
 
 
 def document(records: list[Record]) -> str:

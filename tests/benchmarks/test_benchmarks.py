@@ -1,12 +1,24 @@
 """The benchmarks compare like with like, and the page made from them is current."""
 
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 
 import pytest
+import simplejpeg
 import torch
+from PIL import Image
 
-from benchmarks import deformable_attention, detection_evaluation, detection_step, performance, rivals, roofline
+from benchmarks import (
+    deformable_attention,
+    detection_evaluation,
+    detection_step,
+    loader,
+    loader_peers,
+    performance,
+    rivals,
+    roofline,
+)
 from benchmarks.dcnv3 import CASES, Rival, implementations, inputs
 from datamodules import DetectionTrainTransform, SyntheticDetection
 from ops.reference import dcnv3_reference
@@ -91,6 +103,45 @@ def test_parts_of_a_step_are_all_measured(name):
     assert all(milliseconds > 0 for milliseconds in parts.values())
 
 
+@pytest.fixture(scope="module")
+def photographs():
+    real = [Image.open(loader.EXAMPLE).convert("RGB")]
+    files = list(loader.photographs(real, 20))
+    assert files == list(loader.photographs(real, 20))
+    return files
+
+
+def test_photographs_of_the_loader_are_as_said(photographs):
+    headers = {simplejpeg.decode_jpeg_header(file) for file in photographs}
+    assert headers == {(loader.HEIGHT, loader.WIDTH, "YCbCr", "420")}
+    assert len(set(photographs)) == len(photographs)
+
+
+@pytest.mark.parametrize("make", [loader_peers.open_clip_like, loader_peers.fluent])
+def test_peers_of_the_loader_give_each_pair_once_per_pass(make, photographs, tmp_path):
+    urls = loader.write_shards(photographs, tmp_path / "shards")
+    batches = list(make(urls, 32, 8))
+    assert sum(len(images) for images, _ in batches) == len(photographs)
+    images, texts = batches[0]
+    assert (images.shape, images.dtype, texts.shape) == ((8, 3, 32, 32), torch.float32, (8, 77))
+    assert len(torch.cat([texts for _, texts in batches]).unique(dim=0)) == len(photographs)
+
+
+def test_loader_is_measured_in_all_parts(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader_peers, "has_litdata", lambda: False)
+    record = loader.compare(photographs, tmp_path, 4, (1, 2))
+    assert record["images_per_cpu_s"].keys() == {"ours, uint8", "ours, float32", "open_clip-like", "webdataset"}
+    # Of so few images the difference of two passes is noise, of any sign.
+    assert all(isfinite(speed) for speed in record["images_per_cpu_s"].values())
+    assert all(time > 0 for time in record["microseconds"].values())
+    starts = loader.start_of(10, tmp_path / "index")
+    machine = {"device": "cpu", "name": "CPU", "cores": 2, "cpu_capability": "AVX2", "torch": "2"}
+    records = [{**machine, "omp_proc_bind": None, "quick": True, **r} for r in (record, starts)]
+    page = performance.document(records)
+    assert f"| open_clip-like | {record['images_per_cpu_s']['open_clip-like']:.0f} |" in page
+    assert f"| 10 | {starts['start']['seconds'] * 1e3:.0f} ms |" in page
+
+
 def test_work_counts_what_the_operator_does():
     # One pixel, one group, one channel: 9 points of 4 corners; x, out, 18 offsets and 9 weights.
     forward = roofline.Work.of((1, 1, 1, 1), 1, backward=False, bytes_per_value=4)
@@ -100,8 +151,7 @@ def test_work_counts_what_the_operator_does():
 
 
 def test_page_of_results_is_current():
-    if not RESULTS:
-        pytest.skip("no results yet")
+    assert RESULTS
     assert performance.DOCUMENT.read_text() == performance.document(performance.load(RESULTS)), (
         "docs/performance.md is stale: python -m benchmarks.performance benchmarks/results/*.json"
     )
