@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Subset
 
 from datamodules.batch import IMAGENET_MEAN, IMAGENET_STD
-from datamodules.loading import find_files, one_thread
+from datamodules.loading import find_files
 from datamodules.sampling import loader_generator
 from datamodules.webdataset.dataset import EvalBatches, TrainBatches
 from datamodules.webdataset.eval_loader import EvalLoader, warn_of_bad
@@ -25,6 +25,7 @@ from datamodules.webdataset.predict import FileBatches, PredictFormat
 from datamodules.webdataset.reader import Reader
 from datamodules.webdataset.settings import DIRECT, SHUFFLING, Access, Shuffling
 from datamodules.webdataset.sources import Shards
+from datamodules.webdataset.worker import start_worker
 from datamodules.webdataset.writers import ImageWriter
 
 Use = Literal["train", "val", "predict"]
@@ -222,7 +223,7 @@ class ShardData(LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "prefetch_factor": self.prefetch_factor if self.num_workers > 0 else None,
-            "worker_init_fn": one_thread,
+            "worker_init_fn": start_worker,
             "pin_memory": torch.cuda.is_available(),
             "generator": loader_generator(),
             "collate_fn": _as_it_is,

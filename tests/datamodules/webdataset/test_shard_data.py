@@ -186,6 +186,32 @@ def test_a_run_goes_on_with_the_next_sample_on_other_ranks_and_workers(
     assert [name for part in parts for name in part] == uninterrupted[stopped]
 
 
+# Workers make batches of which nobody takes any, until the pipe is full; then the process is killed.
+FULL = """
+import os, signal, sys, time
+sys.path[:0] = sys.argv[2:]
+from test_shard_data import open_pairs
+from datamodules.webdataset.sources import Shards
+
+options = {"batch_size": 1, "num_workers": 2, "prefetch_factor": 40}
+loader = open_pairs(train=Shards(urls=sys.argv[1]), **options).train_dataloader()
+iterator = iter(loader)
+next(iterator)
+time.sleep(2)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_the_process_that_trains(shards: tuple[Path, list[str]]) -> None:
+    root = Path(__file__).parents[3]
+    paths = [str(path) for path in (root, root / "tests/golden", Path(__file__).parent)]
+    # The workers hold the other end of the pipe: it is read to its end when they are gone.
+    killed = subprocess.run(
+        [sys.executable, "-c", FULL, str(shards[0]), *paths], stdout=subprocess.PIPE, timeout=60, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+
+
 def test_evaluation_counts_each_sample_once_over_all_ranks(shards: tuple[Path, list[str]]) -> None:
     folder, keys = shards
     for world in (1, 2, 3, 4):
