@@ -114,7 +114,10 @@ class ShardData(LightningDataModule):
 
     def predict_writer(self) -> ImageWriter:
         """Return what turns an image file into a row; where batches have no such rows, override `file_loader`."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__}: it has no `predict_writer`, so predict_paths cannot be read. Define one, or "
+            "override `file_loader`."
+        )
 
     def prepare_data(self) -> None:
         if self.predict_paths and self.trainer is not None and self.trainer.predicting:

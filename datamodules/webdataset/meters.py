@@ -85,7 +85,7 @@ class DataMeters(Callback):
         self.steps_per_epoch = steps_per_epoch
         self.samples: Counter[int] = Counter()
         self.bad: Counter[tuple[int, Cause]] = Counter()
-        self._started = 0.0
+        self._started = self._validating = 0.0
         self._step = -1
         self._named = 0
 
@@ -106,9 +106,12 @@ class DataMeters(Callback):
             elapsed, self._started = now - self._started, now
             self._report(trainer, pl_module, meter or Meter(), waited, elapsed)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validating = time.perf_counter()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The time of a validation is not that of training steps.
-        self._started = time.perf_counter()
+        # The time of a validation is not that of the steps around it.
+        self._started += time.perf_counter() - self._validating
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._keep(trainer)

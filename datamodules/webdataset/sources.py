@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.webdataset.manifest import MANIFEST, Manifest, make_manifest
-from datamodules.webdataset.urls import expand_shards, hide_secrets, is_local, is_pipe, local_path
+from datamodules.webdataset.urls import expand_shards, hide_secrets, is_local, local_path
 
 INDEX = "index"
 
@@ -78,10 +78,6 @@ class Shards:
                 "Give each source a folder of its own as `index`; start again if shards have come or gone meanwhile."
             )
         return manifest
-
-    def needs_cache(self) -> bool:
-        """Tell whether the shards are commands, whose output must be kept to be read by index."""
-        return self.urls is not None and any(is_pipe(url) for url in expand_shards(self.urls))
 
     def _folder(self, urls: Sequence[str] | None) -> Path:
         if self.index is not None:

@@ -1,24 +1,10 @@
-"""Shards with some parts of their samples broken, and what a datamodule asks its trainer for."""
+"""Shards with some parts of their samples broken."""
 
 import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from shard_files import write_tar
-
-
-@dataclass
-class Ranks:
-    """All that a datamodule of shards needs of a trainer."""
-
-    rank: int = 0
-    num_replicas: int = 1
-    accumulate_grad_batches: int = 1
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, int]:
-        return {"rank": self.rank, "num_replicas": self.num_replicas}
 
 
 def change_parts(folder: Path, changed: Mapping[str, bytes | None]) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from changed_shards import Ranks, change_parts, read_part
+from changed_shards import change_parts, read_part
+from shard_data import Ranks
 
 from datamodules.detection.collate import collate_train
 from datamodules.detection.shards import DetectionShards, ShardSource, write_shards

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from changed_shards import Ranks, change_parts, read_part
+from changed_shards import change_parts, read_part
 from PIL import Image
+from shard_data import Ranks
 
 from datamodules.segmentation.shards import SegmentationShards, ShardSource, write_shards
 from datamodules.segmentation.synthetic import Scenes
